@@ -15,37 +15,45 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from cloister.crypto.memory import ARENA
+
 KEY_BYTES: Final = 32
 
 
 class Secret:
     """Bytes that must not be printed: `repr`, `str`, `format` and pickling never show them.
 
-    `reveal()` returns the bytes; search for it to see every place that uses a key.
+    They live in the protected pages of `cloister.crypto.memory` and are overwritten when the object goes.
+    `reveal()` returns a copy; search for it to see every place that uses a key.
     """
 
-    __slots__ = ("_value",)
+    __slots__ = ("_size", "_slot")
 
     def __init__(self, value: bytes) -> None:
-        self._value = bytes(value)
+        self._size = len(value)
+        self._slot = ARENA.put(value)
 
     @classmethod
     def random(cls, size: int = KEY_BYTES) -> Secret:
         return cls(secrets.token_bytes(size))
 
     def reveal(self) -> bytes:
-        return self._value
+        return ARENA.get(self._slot, self._size)
 
     def __len__(self) -> int:
-        return len(self._value)
+        return self._size
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and hmac.compare_digest(self._value, other._value)
+        return isinstance(other, Secret) and hmac.compare_digest(self.reveal(), other.reveal())
 
     __hash__ = None  # type: ignore[assignment]  # a secret is no dictionary key
 
+    def __del__(self) -> None:
+        if hasattr(self, "_slot"):
+            ARENA.wipe(self._slot, self._size)
+
     def __repr__(self) -> str:
-        return f"Secret(<{len(self._value)} bytes>)"
+        return f"Secret(<{self._size} bytes>)"
 
     def __reduce__(self) -> str:
         raise TypeError("a Secret is never pickled")
