@@ -1,0 +1,452 @@
+"""The words of contract language v1 as frozen types: what a TOML file may say, one class per table.
+
+A class here checks the *form* of one table entry (types, patterns, ranges, unknown keys); `parse` checks what needs
+the whole file (names, owners, boards). Durations, sizes, months and file rules become typed values here, so nothing
+later reads free text. The JSON Schema for editors is generated from the same classes (`schema`).
+
+Language reference: docs/contract.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+NAME: Final = r"^[a-z][a-z0-9-]{0,39}$"
+DIGEST: Final = r"^sha256:[0-9a-f]{64}$"
+KEY: Final = r"^SHA256:[A-Za-z0-9+/]{43}$"
+MONTH: Final = r"^[0-9]{4}-(0[1-9]|1[0-2])$"
+SIZE: Final = r"^[1-9][0-9]{0,14} (B|KiB|MiB|GiB|TiB)$"
+DURATION: Final = r"^(0|[1-9][0-9]{0,8})(ms|s|min|h|d)$"
+FILES: Final = r"^(signed-by:[a-z][a-z0-9-]{0,39}|sha256:[0-9a-f]{64})$"
+
+MAX_COUNT: Final = 2**53 - 1
+"""Largest budget or size in bytes: what JSON carries exactly (RFC 8785)."""
+MAX_WORKERS: Final = 4096
+MAX_DURATION: Final = timedelta(days=3660)
+
+NOBODY: Final = "nobody"
+PHASES: Final = ("train", "refine", "serve")
+
+Sandbox = Literal["none", "offline", "one-shot", "sealed"]
+Tee = Literal["sgx", "tdx", "sev-snp", "nitro", "simulated"]
+Scheme = Literal["ckks-128", "bgv-128"]
+Form = Literal["label", "score", "full"]
+Leaf = Literal["metrics", "logs"]
+Same = Literal["owner", "sandbox", "phase"]
+
+_SIZE_UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DURATION_UNITS: Final = {
+    "ms": timedelta(milliseconds=1),
+    "s": timedelta(seconds=1),
+    "min": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+}
+
+
+def refusal(wanted: str) -> PydanticCustomError:
+    """An error whose message is only what the language wants; `parse` adds what was found."""
+    return PydanticCustomError("wanted", "{wanted}", {"wanted": wanted})
+
+
+def _pattern(pattern: str, wanted: str) -> Callable[[object], str]:
+    # `$` matches before a final newline, so fullmatch
+    matches = re.compile(pattern.removeprefix("^").removesuffix("$"), re.ASCII).fullmatch
+
+    def check(value: object) -> str:
+        if not isinstance(value, str) or not matches(value):
+            raise refusal(wanted)
+        return value
+
+    return check
+
+
+_size_text = _pattern(SIZE, 'a size such as "64 MiB" (B, KiB, MiB, GiB, TiB; one space)')
+_duration_text = _pattern(DURATION, 'a duration such as "72h" or "50ms" (ms, s, min, h, d; no space)')
+_month_text = _pattern(MONTH, 'a month as "YYYY-MM", 01 to 12')
+_files_text = _pattern(FILES, '"signed-by:<party>" or the digest of a list of files, "sha256:<64 hex digits>"')
+_name_text = _pattern(NAME, "a name: a to z, then up to 39 of a to z, 0 to 9 and -")
+
+
+def _size(value: object) -> int:
+    number, unit = _size_text(value).split(" ")
+    size = int(number) * _SIZE_UNITS[unit]
+    if size > MAX_COUNT:
+        raise refusal("a size below 8192 TiB")
+    return size
+
+
+def _duration(value: object) -> timedelta:
+    match = re.fullmatch(r"(\d+)([a-z]+)", _duration_text(value), re.ASCII)
+    if match is None:  # not reached: the pattern above is stricter
+        raise refusal("a duration")
+    duration = int(match[1]) * _DURATION_UNITS[match[2]]
+    if duration > MAX_DURATION:
+        raise refusal("a duration of at most 3660d")
+    return duration
+
+
+def _interval(value: object) -> timedelta:
+    duration = _duration(value)
+    if not duration:
+        raise refusal("a duration above zero")
+    return duration
+
+
+def _month(value: object) -> tuple[int, int]:
+    year, month = _month_text(value).split("-")
+    return int(year), int(month)
+
+
+def _day(value: object) -> date:
+    if type(value) is not date:  # a TOML date-time is a subclass of date
+        raise refusal("a TOML date such as 2027-06-30, without quotes and time")
+    return value
+
+
+def _array(value: object) -> tuple[object, ...]:
+    if not isinstance(value, list):
+        raise refusal("an array")
+    seen: set[str] = set()
+    for item in value:
+        if isinstance(item, str) and item in seen:
+            raise refusal(f"each entry once ({item[:40]!r} is there twice)")
+        if isinstance(item, str):
+            seen.add(item)
+    return tuple(value)
+
+
+def _authority(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return _name_text(value)
+    if not isinstance(value, list) or not value:
+        raise refusal("an array of parties, or the name of one board")
+    return tuple(_name_text(item) for item in _array(value))
+
+
+def key_bytes(fingerprint: str) -> bytes:
+    """Return the 32 bytes of a key fingerprint `SHA256:<43 letters>`; the two spare bits of the last letter are dropped."""
+    return base64.b64decode(fingerprint.removeprefix("SHA256:") + "=")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedBy:
+    """`files = "signed-by:<party>"`: every file that the host ran was signed by this party's key."""
+
+    party: str
+
+    def __str__(self) -> str:
+        return f"signed-by:{self.party}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileList:
+    """`files = "sha256:..."`: every file that the host ran is on the list with this digest."""
+
+    digest: str
+
+    def __str__(self) -> str:
+        return self.digest
+
+
+def _files(value: object) -> SignedBy | FileList:
+    text = _files_text(value)
+    return SignedBy(text.removeprefix("signed-by:")) if text.startswith("signed-by:") else FileList(text)
+
+
+def _text_schema(pattern: str, description: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "description": description})
+
+
+Name = Annotated[str, BeforeValidator(_name_text), WithJsonSchema({"type": "string", "pattern": NAME})]
+Digest = Annotated[
+    str,
+    BeforeValidator(_pattern(DIGEST, "a digest: sha256: and 64 lower-case hex digits")),
+    _text_schema(DIGEST, "sha256: and 64 lower-case hex digits"),
+]
+Key = Annotated[
+    str,
+    BeforeValidator(_pattern(KEY, "the fingerprint of an SSH key as `ssh-keygen -l` shows it: SHA256: and 43 letters")),
+    _text_schema(KEY, "fingerprint of an SSH public key as `ssh-keygen -l` shows it"),
+]
+Size = Annotated[int, BeforeValidator(_size), _text_schema(SIZE, 'a size in bytes, such as "64 MiB"')]
+Duration = Annotated[timedelta, BeforeValidator(_duration), _text_schema(DURATION, 'a duration, such as "72h"')]
+Interval = Annotated[timedelta, BeforeValidator(_interval), _text_schema(DURATION, 'a duration, such as "50ms"')]
+Month = Annotated[tuple[int, int], BeforeValidator(_month), _text_schema(MONTH, "year and month of the firmware")]
+Files = Annotated[SignedBy | FileList, BeforeValidator(_files), _text_schema(FILES, "rule for the files of the host")]
+Day = Annotated[date, BeforeValidator(_day)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_array), Field(json_schema_extra={"uniqueItems": True})]
+SomeNames = Annotated[Names, Field(min_length=1)]
+Authority = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_authority),
+    WithJsonSchema(
+        {
+            "description": "one board, or parties who must all agree",
+            "anyOf": [
+                {"type": "string", "pattern": NAME},
+                {"type": "array", "items": {"type": "string", "pattern": NAME}, "minItems": 1, "uniqueItems": True},
+            ],
+        }
+    ),
+]
+
+
+def _frozen_map(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType(dict(value))
+
+
+def _empty() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+class Table(BaseModel):
+    """One table entry: unknown keys refused, no coercion, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Code(Table):
+    """A measured workload and the sandbox it runs in."""
+
+    owner: Name
+    digest: Digest
+    """From `cloister measure`."""
+    sandbox: Sandbox = "offline"
+    secret: bool = False
+    """The code itself is sealed: its key is released only to phases that run it."""
+
+
+class Data(Table):
+    """A sealed, read-only asset, named by its root digest."""
+
+    owner: Name
+    digest: Digest
+    """From `cloister seal`."""
+
+
+class Stream(Table):
+    """A growing asset: its owner may append sealed records."""
+
+    owner: Name
+
+
+class TeePlace(Table):
+    """A trusted execution environment."""
+
+    kind: Literal["tee"]
+    accept: Annotated[
+        tuple[Tee, ...], BeforeValidator(_array), Field(min_length=1, json_schema_extra={"uniqueItems": True})
+    ]
+    """TEE types; `simulated` stands for every soft TEE, which protects nothing."""
+    min_tcb: Month | None = None
+    """Oldest firmware accepted."""
+    gpu: Literal["none", "confidential"] = "none"
+    debug: bool = False
+
+
+class HostPlace(Table):
+    """A host whose measured operating system is trusted (TPM and IMA)."""
+
+    kind: Literal["attested-host"]
+    boot: Annotated[
+        tuple[Digest, ...], BeforeValidator(_array), Field(min_length=1, json_schema_extra={"uniqueItems": True})
+    ]
+    """Accepted boot states."""
+    files: Files | None = None
+    """What the host may run."""
+    debug: bool = False
+
+
+class HePlace(Table):
+    """Homomorphic encryption: an untrusted machine that computes on ciphertext and never gets a decryption key."""
+
+    kind: Literal["he"]
+    scheme: Scheme
+    refresh: Name
+    """The TEE place that holds the decryption keys of phases running here."""
+    debug: bool = False
+
+
+Place = Annotated[TeePlace | HostPlace | HePlace, Field(discriminator="kind")]
+
+
+class Answer(Table):
+    """Answers that leave a phase; the limits count for each consumer on its own."""
+
+    to: SomeNames
+    form: Form
+    decimals: Annotated[int, Field(strict=True, ge=0, le=17)] | None = None
+    """Digits after the point of a score."""
+    budget: Count | None = None
+    """Answers in total."""
+    per_day: Count | None = None
+    """Answers in one UTC day."""
+    pad: Size | None = None
+    """Every answer has exactly this size."""
+    every: Interval | None = None
+    """Answers leave only at multiples of this time."""
+
+
+class Phase(Table):
+    """What one phase runs, where, what it reads and writes, and what leaves."""
+
+    run: Name
+    at: Name
+    read: SomeNames
+    write: Annotated[Mapping[Name, Name], AfterValidator(_frozen_map)] = Field(default_factory=_empty)
+    """Asset -> owner: a party, a board, or nobody."""
+    workers: Annotated[int, Field(strict=True, ge=1, le=MAX_WORKERS)] = 1
+    traffic: Literal["encrypted", "fixed-rate"] = "encrypted"
+    size: Annotated[Mapping[Name, Size], AfterValidator(_frozen_map)] = Field(default_factory=_empty)
+    """Written asset -> its exact size after padding."""
+    leaves: (
+        Annotated[
+            tuple[Leaf, ...], BeforeValidator(_array), Field(min_length=1, json_schema_extra={"uniqueItems": True})
+        ]
+        | None
+    ) = None
+    """Which streams the parties of `metrics_to` get; only metrics unless it says more."""
+    metrics_to: Names = ()
+    """The parties who get metrics (and what else `leaves` names) while the phase runs."""
+    answer: Answer | None = None
+
+    @property
+    def streams_out(self) -> tuple[Leaf, ...]:
+        """What leaves to `metrics_to`: nothing without receivers, metrics unless `leaves` says otherwise."""
+        if not self.metrics_to:
+            return ()
+        return ("metrics",) if self.leaves is None else self.leaves
+
+
+class Board(Table):
+    """k of n parties decide together."""
+
+    members: SomeNames
+    need: Count
+    veto: Names = ()
+    """Members whose no ends the matter."""
+    wait: Duration = timedelta(0)
+    """Time between a proposal and its effect."""
+
+
+class Successor(Table):
+    """What new code inherits without new signatures of the data owners, if `change.code` agrees."""
+
+    of: SomeNames
+    same: Annotated[tuple[Same, ...], BeforeValidator(_array), Field(json_schema_extra={"uniqueItems": True})]
+    """What of the code may not change."""
+    keeps: Names
+    """Assets that stay readable."""
+
+
+class Change(Table):
+    """Who agrees to a new version of the contract."""
+
+    default: Authority
+    code: Authority | None = None
+    """For changes of code tables only; `default` if absent."""
+    place: Authority | None = None
+    """For changes of place tables only; `default` if absent."""
+    successor: Successor | None = None
+
+
+class Phases(Table):
+    """The three phases; at least one."""
+
+    train: Phase | None = None
+    refine: Phase | None = None
+    serve: Phase | None = None
+
+
+class ContractFile(Table):
+    """A contract: who may use what, with which code, where, and who sees the results."""
+
+    contract: Name
+    version: Count
+    replaces: Digest | None = None
+    """Digest of the version before; must be there when `version` is above 1."""
+    expires: Day
+    """Last day on which anything is released (UTC)."""
+    party: Annotated[Mapping[Name, Key], Field(min_length=1)]
+    code: Annotated[Mapping[Name, Code], Field(min_length=1)]
+    data: Mapping[Name, Data] = Field(default_factory=_empty)
+    stream: Mapping[Name, Stream] = Field(default_factory=_empty)
+    place: Annotated[Mapping[Name, Place], Field(min_length=1)]
+    phase: Phases
+    board: Mapping[Name, Board] = Field(default_factory=_empty)
+    change: Change
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contract:
+    """A contract that parsed and broke no rule; made by `parse.parse` only. Equal means: the same file bytes."""
+
+    id: str
+    """`sha256:` digest of the exact file bytes; this is what parties sign."""
+    name: str
+    version: int
+    replaces: str | None
+    expires: date
+    party: Mapping[str, str]
+    """Name -> key fingerprint."""
+    code: Mapping[str, Code]
+    data: Mapping[str, Data]
+    stream: Mapping[str, Stream]
+    place: Mapping[str, TeePlace | HostPlace | HePlace]
+    phase: Mapping[str, Phase]
+    """In the order train, refine, serve; only those that the file has."""
+    board: Mapping[str, Board]
+    change: Change
+    outputs: Mapping[str, str]
+    """Written asset -> owner (a party, a board, or `nobody`), a `data` asset that a phase overwrites included."""
+    signers: frozenset[str]
+    """Every party whose signature the contract needs before any key moves."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Contract) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def owner(self, asset: str) -> str:
+        """Return who owns `asset` (data, stream, code or output).
+
+        Raises:
+            ValueError: the contract has no such asset.
+        """
+        for table in (self.data, self.stream, self.code):
+            entry = table.get(asset)
+            if entry is not None:
+                return entry.owner
+        if asset in self.outputs:
+            return self.outputs[asset]
+        raise ValueError(f"contract {self.name} has no asset {asset!r}")
+
+    def people(self, owner: str) -> frozenset[str]:
+        """Return the parties behind an owner: itself, the members of a board, or nobody at all."""
+        if owner == NOBODY:
+            return frozenset()
+        board = self.board.get(owner)
+        return frozenset(board.members) if board is not None else frozenset({owner})
+
+    def key_place(self, phase: str) -> str:
+        """Return the place whose evidence releases keys for `phase`: where it runs, or the `refresh` place of HE."""
+        at = self.phase[phase].at
+        place = self.place[at]
+        return place.refresh if isinstance(place, HePlace) else at
+
+    def authority(self, subject: Literal["default", "code", "place"]) -> str | tuple[str, ...]:
+        """Return who agrees to a change: a board's name, or parties who must all agree."""
+        chosen = {"default": None, "code": self.change.code, "place": self.change.place}[subject]
+        return self.change.default if chosen is None else chosen
