@@ -1,0 +1,55 @@
+"""Where endorsements come from: a file that the user names, or a generator for the test root. Nothing is fetched.
+
+Real collateral is public and signed; any PCCS or `dcap-qvl` client can write it to a file. It ages: after `nextUpdate`
+(30 days) every quote under it is refused, so the file must be renewed.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+
+from cloister.attestation.endorsements import Endorsement, Endorsements
+from cloister.attestation.soft import tdx as soft_tdx
+from cloister.attestation.tdx import collateral as tdx_collateral
+from cloister.errors import EvidenceError, InputError
+
+
+def soft_collateral(now: datetime) -> Endorsements:
+    """Return collateral for every soft TEE that is valid at `now`: from the midnight (UTC) before yesterday for 30 days.
+
+    It protects nothing. A service that runs longer than a day calls this again; the same day gives the same object.
+
+    Raises:
+        ValueError: `now` has no time zone.
+    """
+    if now.tzinfo is None:
+        raise ValueError("`now` has no time zone")
+    day = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    return _soft(day - timedelta(days=1))
+
+
+@lru_cache(maxsize=4)
+def _soft(issued: datetime) -> Endorsements:
+    return Endorsements((Endorsement("tdx", soft_tdx.FMSPC, soft_tdx.collateral(issued)),))
+
+
+def load_collateral(path: Path) -> Endorsements:
+    """Return the TDX collateral in the JSON file `path`, as dcap-qvl writes it.
+
+    Only its form is checked here; `verify` checks signatures and time.
+
+    Raises:
+        InputError: the file cannot be read, is too large, or is not collateral.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(tdx_collateral.LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"the collateral file {path} cannot be read: {error.strerror}") from error
+    try:
+        tdx_collateral.parse(data)
+        return Endorsements((Endorsement("tdx", tdx_collateral.fmspc(data), data),))
+    except EvidenceError as error:
+        raise InputError(f"the file {path} holds no TDX collateral", reasons=error.reasons) from error
