@@ -125,6 +125,17 @@ def _array(value: object) -> tuple[object, ...]:
     return tuple(value)
 
 
+def _some(value: object) -> tuple[object, ...]:
+    array = _array(value)
+    if not array:
+        raise refusal("an array with at least one entry")
+    return array
+
+
+_ANY: Final = (BeforeValidator(_array), Field(json_schema_extra={"uniqueItems": True}))
+_SOME: Final = (BeforeValidator(_some), Field(json_schema_extra={"minItems": 1, "uniqueItems": True}))
+
+
 def _authority(value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return _name_text(value)
@@ -185,8 +196,8 @@ Month = Annotated[tuple[int, int], BeforeValidator(_month), _text_schema(MONTH, 
 Files = Annotated[SignedBy | FileList, BeforeValidator(_files), _text_schema(FILES, "rule for the files of the host")]
 Day = Annotated[date, BeforeValidator(_day)]
 Count = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(_array), Field(json_schema_extra={"uniqueItems": True})]
-SomeNames = Annotated[Names, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], *_ANY]
+SomeNames = Annotated[tuple[Name, ...], *_SOME]
 Authority = Annotated[
     str | tuple[str, ...],
     BeforeValidator(_authority),
@@ -245,9 +256,7 @@ class TeePlace(Table):
     """A trusted execution environment."""
 
     kind: Literal["tee"]
-    accept: Annotated[
-        tuple[Tee, ...], BeforeValidator(_array), Field(min_length=1, json_schema_extra={"uniqueItems": True})
-    ]
+    accept: Annotated[tuple[Tee, ...], *_SOME]
     """TEE types; `simulated` stands for every soft TEE, which protects nothing."""
     min_tcb: Month | None = None
     """Oldest firmware accepted."""
@@ -259,9 +268,7 @@ class HostPlace(Table):
     """A host whose measured operating system is trusted (TPM and IMA)."""
 
     kind: Literal["attested-host"]
-    boot: Annotated[
-        tuple[Digest, ...], BeforeValidator(_array), Field(min_length=1, json_schema_extra={"uniqueItems": True})
-    ]
+    boot: Annotated[tuple[Digest, ...], *_SOME]
     """Accepted boot states."""
     files: Files | None = None
     """What the host may run."""
@@ -310,12 +317,7 @@ class Phase(Table):
     traffic: Literal["encrypted", "fixed-rate"] = "encrypted"
     size: Annotated[Mapping[Name, Size], AfterValidator(_frozen_map)] = Field(default_factory=_empty)
     """Written asset -> its exact size after padding."""
-    leaves: (
-        Annotated[
-            tuple[Leaf, ...], BeforeValidator(_array), Field(min_length=1, json_schema_extra={"uniqueItems": True})
-        ]
-        | None
-    ) = None
+    leaves: Annotated[tuple[Leaf, ...], *_SOME] | None = None
     """Which streams the parties of `metrics_to` get; only metrics unless it says more."""
     metrics_to: Names = ()
     """The parties who get metrics (and what else `leaves` names) while the phase runs."""
@@ -344,7 +346,7 @@ class Successor(Table):
     """What new code inherits without new signatures of the data owners, if `change.code` agrees."""
 
     of: SomeNames
-    same: Annotated[tuple[Same, ...], BeforeValidator(_array), Field(json_schema_extra={"uniqueItems": True})]
+    same: Annotated[tuple[Same, ...], *_ANY]
     """What of the code may not change."""
     keeps: Names
     """Assets that stay readable."""

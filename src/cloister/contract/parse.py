@@ -142,7 +142,7 @@ class _Draft:
     """Section -> every entry name of the file, whatever its form."""
 
     def refuse(self, path: Path, found: str, wanted: str, hint: str = "") -> None:
-        where = ".".join(str(part) for part in path)
+        where = ".".join(_short(str(part)) for part in path)
         self.findings.append(Finding(where, found, wanted, hint, line=line_of(self.lines, path)))
 
     # step 4
@@ -151,7 +151,7 @@ class _Draft:
         known = tuple(ContractFile.model_fields)
         for key in self.document:
             if key not in known:
-                self.refuse((_short(key),), "an unknown key", f"one of {_or(known)}", _did_you_mean(key, known))
+                self.refuse((key,), "an unknown key", f"one of {_or(known)}", _did_you_mean(key, known))
         for key, adapter in _SCALARS.items():
             if key in self.document:
                 checked = self._checked(adapter, (key,), self.document[key])
@@ -171,7 +171,7 @@ class _Draft:
             self.refuse((section,), "nothing", f"at least one {section}")
         self.declared[section] = tuple(entries)
         for name, entry in entries.items():
-            path = (section, _short(name))
+            path = (section, name)
             if section == "phase" and name not in PHASES:
                 self.refuse(path, "an unknown phase", _or(PHASES), _did_you_mean(name, PHASES))
             elif section != "phase":
@@ -194,7 +194,7 @@ class _Draft:
         inner = [p for p in item["loc"] if p != "[key]"]
         if path[0] == "place" and inner and inner[0] in ("tee", "attested-host", "he"):
             inner = inner[1:]
-        full: Path = (*path, *(_short(p) if isinstance(p, str) else p for p in inner))
+        full: Path = (*path, *inner)
         hint = ""
         if kind == "extra_forbidden":
             known = _known_keys(path, full, self.document)

@@ -1,0 +1,477 @@
+"""What a contract means for people: who can read an asset, who could change it, what to think about. Pure.
+
+`readers` follows an asset through the data flow: phase reads it -> code sees it in full -> outputs, metrics, logs and
+answers leave -> outputs are assets again. It errs on the side of naming too many: whatever a phase reads is taken to be in
+everything that the phase writes. Every asset-phase pair is walked once, so loops (refining) end.
+`changers` walks the other way: which code writes it, what feeds that, who may exchange that code, who may exchange the rules.
+`lint` never refuses: what it says is allowed, and worth knowing before signing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from cloister.contract.change import show, show_size
+from cloister.contract.model import (
+    NOBODY,
+    Answer,
+    Board,
+    Code,
+    Contract,
+    HePlace,
+    HostPlace,
+    Phase,
+    TeePlace,
+    key_bytes,
+)
+
+ReaderKind = Literal["owner", "code", "refresh", "host", "unconfined", "output", "metrics", "logs", "answers"]
+ChangerKind = Literal["owner", "appends", "code", "feeds", "successor", "rules", "signatures"]
+
+_FORMS = {"label": "labels", "score": "scores", "full": "full answers"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Somebody or something that gets `asset` or a thing made from it.
+
+    `path` is the way there: (asset, phase), (output, phase), ...; empty for the owner of the asset itself.
+    `who` is a party, a board, a code or a place; `what` says what it gets.
+    """
+
+    asset: str
+    path: tuple[tuple[str, str], ...]
+    kind: ReaderKind
+    who: str
+    what: str
+
+    def __str__(self) -> str:
+        steps = " -> ".join(f"{asset} [{phase}]" for asset, phase in self.path) or self.asset
+        return f"{steps} -> {self.text}"
+
+    @property
+    def text(self) -> str:
+        return f"code {self.who!r} {self.what}" if self.kind == "code" else f"{self.who}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Changer:
+    """Somebody or something that can change what `asset` holds, or the rules for it."""
+
+    asset: str
+    kind: ChangerKind
+    who: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.asset} <- {self.who}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One thing that is allowed and worth knowing; `warning` marks what most owners would not want."""
+
+    where: str
+    text: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+def assets(contract: Contract) -> tuple[str, ...]:
+    """Return every asset: data, streams, outputs, and secret code."""
+    secret = (name for name, code in contract.code.items() if code.secret)
+    return tuple(dict.fromkeys((*contract.data, *contract.stream, *contract.outputs, *secret)))
+
+
+def readers(contract: Contract, asset: str) -> tuple[Reader, ...]:
+    """Return everybody who could ever read `asset` or something made from it, in the order of the data flow.
+
+    Raises:
+        ValueError: the contract has no such asset.
+    """
+    owner = contract.owner(asset)
+    found: list[Reader] = []
+    if owner != NOBODY:
+        found.append(Reader(asset, (), "owner", owner, _owner_gets(contract, owner, "it")))
+    seen: set[tuple[str, str]] = set()
+    queue: list[tuple[str, tuple[tuple[str, str], ...]]] = [(asset, ())]
+    while queue:
+        here, path = queue.pop(0)
+        for name, phase in contract.phase.items():
+            if not _reads(contract, phase, here) or (here, name) in seen:
+                continue
+            seen.add((here, name))
+            steps = (*path, (here, name))
+            found.extend(_readers_of_phase(contract, asset, steps, name, phase, is_code=here == phase.run))
+            # secret code is in what it writes only as far as its author wants: outputs of a program do not hold it
+            if here != phase.run:
+                queue.extend((output, steps) for output in phase.write)
+    return tuple(found)
+
+
+def readers_text(contract: Contract, asset: str) -> str:
+    """Return `readers` as text, one line per way through the data flow."""
+    lines = []
+    for path, group in groupby(readers(contract, asset), key=lambda reader: reader.path):
+        steps = " -> ".join(f"{name} [{phase}]" for name, phase in path) or asset
+        lines.append(f"{steps} -> {' | '.join(reader.text for reader in group)}")
+    return "\n".join(lines)
+
+
+def changers(contract: Contract, asset: str) -> tuple[Changer, ...]:
+    """Return who could change what `asset` holds, and who could change the rules for it.
+
+    Raises:
+        ValueError: the contract has no such asset.
+    """
+    owner = contract.owner(asset)
+    found: list[Changer] = []
+    if asset in contract.data or asset in contract.code:
+        found.append(Changer(asset, "owner", owner, "owns it; the contract names its digest"))
+    if asset in contract.stream:
+        found.append(Changer(asset, "appends", owner, "may append records"))
+    writers = {name: phase for name, phase in contract.phase.items() if asset in phase.write}
+    for name, phase in writers.items():
+        code = contract.code[phase.run]
+        found.append(Changer(asset, "code", phase.run, f"writes it in {name} {_where(contract, phase, code)}"))
+        found.extend(
+            Changer(asset, "feeds", contract.owner(source), f"owns {source}, which feeds {name}")
+            for source in phase.read
+            if source != asset
+        )
+    found.extend(_rule_changers(contract, asset, tuple(phase.run for phase in writers.values())))
+    return tuple(dict.fromkeys(found))
+
+
+def changers_text(contract: Contract, asset: str) -> str:
+    """Return `changers` as text, one line each."""
+    return "\n".join(str(changer) for changer in changers(contract, asset))
+
+
+def lint(contract: Contract) -> tuple[Note, ...]:
+    """Return what is allowed and worth knowing, warnings first."""
+    notes = [*_lint_parties(contract), *_lint_places(contract)]
+    for name, phase in contract.phase.items():
+        notes += _lint_phase(contract, name, phase)
+    notes += _lint_boards(contract)
+    notes += _lint_unused(contract)
+    return tuple(sorted(dict.fromkeys(notes), key=lambda note: not note.warning))
+
+
+def explain(contract: Contract) -> str:
+    """Return a contract in sentences: what each phase does, who reads and who could change each asset, and the notes."""
+    lines = [
+        f"{contract.name} version {contract.version}, {contract.id}",
+        f"  until {contract.expires}; must sign: {', '.join(sorted(contract.signers))}",
+    ]
+    for name, phase in contract.phase.items():
+        code = contract.code[phase.run]
+        workers = f", {phase.workers} workers" if phase.workers > 1 else ""
+        lines.append(
+            f"{name}: {phase.run} of {code.owner} {_where(contract, phase, code)}{workers}, {phase.traffic} traffic"
+        )
+        lines.append(f"  reads   {', '.join(phase.read)}")
+        for asset, owner in phase.write.items():
+            size = f", always {show_size(phase.size[asset])}" if asset in phase.size else ""
+            lines.append(f"  writes  {asset}, {_belongs(contract, owner)}{size}")
+        lines.extend(f"  {stream:<7} {', '.join(phase.metrics_to)}" for stream in phase.streams_out)
+        if phase.answer is not None:
+            lines.append(f"  answers {', '.join(phase.answer.to)}: {_answers(phase.answer)}")
+    lines.append("who can read")
+    for asset in assets(contract):
+        lines.extend(f"  {line}" for line in readers_text(contract, asset).splitlines())
+    lines.append("who could change")
+    everybody: dict[str, None] = {}
+    for asset in assets(contract):
+        for changer in changers(contract, asset):
+            if changer.kind in ("rules", "signatures"):
+                everybody[f"  the contract <- {changer.who}: {changer.what}"] = None
+            else:
+                lines.append(f"  {changer}")
+    lines.extend(everybody)
+    notes = lint(contract)
+    lines.append(_count(len(notes)))
+    lines.extend(f"  {'warning' if note.warning else 'note'}: {note}" for note in notes)
+    return "\n".join(lines)
+
+
+def summary(contract: Contract) -> str:
+    """Return what `cloister contract check` prints of a contract without mistakes: one line, then the notes."""
+    notes = lint(contract)
+    first = f"{contract.name} version {contract.version}: ok, {_count(len(notes))}; must sign: "
+    return "\n".join((first + ", ".join(sorted(contract.signers)), *(f"  {note}" for note in notes)))
+
+
+def _count(notes: int) -> str:
+    return "no notes" if not notes else "1 note" if notes == 1 else f"{notes} notes"
+
+
+# readers
+
+
+def _reads(contract: Contract, phase: Phase, asset: str) -> bool:
+    return asset in phase.read or (asset == phase.run and contract.code[asset].secret)
+
+
+def _readers_of_phase(
+    contract: Contract, asset: str, path: tuple[tuple[str, str], ...], name: str, phase: Phase, *, is_code: bool
+) -> Iterator[Reader]:
+    code, place = contract.code[phase.run], contract.place[phase.at]
+    where = _where(contract, phase, code)
+    if is_code:
+        yield Reader(asset, path, "code", phase.run, f"{where}: runs it, inside")
+    elif isinstance(place, HePlace):
+        yield Reader(asset, path, "code", phase.run, f"{where}: as ciphertext")
+        yield Reader(asset, path, "refresh", place.refresh, f"decrypts it to refresh ciphertext ({phase.run})")
+    else:
+        inside = "in full" if code.sandbox == "none" else "in full, inside"
+        yield Reader(asset, path, "code", phase.run, f"{where}: {inside}")
+    yield from _host_readers(contract, asset, path, contract.key_place(name))
+    if code.sandbox == "none" and not is_code:
+        yield Reader(asset, path, "unconfined", "anyone", f"whatever {phase.run} sends out: it has no sandbox")
+    if is_code:
+        return
+    for output, owner in phase.write.items():
+        if owner != NOBODY:
+            yield Reader(asset, path, "output", owner, _owner_gets(contract, owner, output))
+    for stream in phase.streams_out:
+        kind: ReaderKind = "metrics" if stream == "metrics" else "logs"
+        for party in phase.metrics_to:
+            yield Reader(asset, path, kind, party, f"{_PHASE_WORD[name]} {stream}")
+    if phase.answer is not None:
+        for party in phase.answer.to:
+            yield Reader(asset, path, "answers", party, _answers(phase.answer))
+
+
+_PHASE_WORD = {"train": "training", "refine": "refining", "serve": "serving"}
+
+
+def _host_readers(
+    contract: Contract, asset: str, path: tuple[tuple[str, str], ...], place_name: str
+) -> Iterator[Reader]:
+    place = contract.place[place_name]
+    if isinstance(place, HostPlace):
+        who = f"whoever controls the measured OS of {place_name}"
+        yield Reader(asset, path, "host", who, "in full")
+    if isinstance(place, TeePlace) and "simulated" in place.accept:
+        who = f"whoever runs a machine as {place_name}"
+        yield Reader(asset, path, "host", who, "in full, because a soft TEE protects nothing")
+    if place.debug:
+        yield Reader(asset, path, "host", f"whoever debugs {place_name}", "in full")
+
+
+def _owner_gets(contract: Contract, owner: str, asset: str) -> str:
+    board = contract.board.get(owner)
+    if board is not None:
+        return f"{asset}, when {board.need} of {', '.join(board.members)} agree"
+    return f"{asset}, as its owner"
+
+
+def _where(contract: Contract, phase: Phase, code: Code) -> str:
+    at = contract.place[phase.at]
+    he = f" (homomorphic, keys at {at.refresh})" if isinstance(at, HePlace) else ""
+    sandbox = "no sandbox" if code.sandbox == "none" else code.sandbox
+    return f"at {phase.at}{he}, {sandbox}"
+
+
+def _belongs(contract: Contract, owner: str) -> str:
+    if owner == NOBODY:
+        return "which nobody can open"
+    board = contract.board.get(owner)
+    return f"which {board.need} of {', '.join(board.members)} can open" if board is not None else f"which {owner} owns"
+
+
+def _answers(answer: Answer) -> str:
+    form = _FORMS[answer.form]
+    if answer.decimals is not None:
+        form += f" with {answer.decimals} decimals"
+    limits = []
+    if answer.budget is not None:
+        limits.append(f"{_number(answer.budget)} in total")
+    if answer.per_day is not None:
+        limits.append(f"{_number(answer.per_day)} a day")
+    if answer.pad is not None:
+        limits.append(f"padded to {show_size(answer.pad)}")
+    if answer.every is not None:
+        limits.append(f"one every {show(answer.every)}")
+    if answer.budget is None and answer.per_day is None:
+        limits.insert(0, "UNLIMITED")
+    return ", ".join((form, *limits))
+
+
+def _number(value: int) -> str:
+    return f"{value:,}".replace(",", " ")
+
+
+# changers
+
+
+def _rule_changers(contract: Contract, asset: str, writers: tuple[str, ...]) -> Iterator[Changer]:
+    rule = contract.change.successor
+    if rule is not None:
+        runs = {phase.run: name for name, phase in contract.phase.items()}
+        for code in rule.of:
+            phase = contract.phase.get(runs.get(code, ""))
+            if phase is None or any(source not in rule.keeps for source in phase.read):
+                continue
+            if asset in phase.read or asset in phase.write:
+                does = "reads" if asset in phase.read else "writes"
+                same = f"; the same {', '.join(rule.same)}" if rule.same else ""
+                what = f"may replace {code}, which {does} it, before the owners sign again{same}"
+                yield Changer(asset, "successor", _authority(contract, contract.authority("code")), what)
+    subject: Literal["code", "default"] = "code" if writers and contract.change.code is not None else "default"
+    if subject == "code":
+        yield Changer(asset, "rules", _authority(contract, contract.authority("code")), "agree to new code")
+    yield Changer(asset, "rules", _authority(contract, contract.authority("default")), "agree to a new version")
+    signers = " and ".join(sorted(contract.signers))
+    yield Changer(asset, "signatures", signers, "must sign a new version before it moves any key")
+
+
+def _authority(contract: Contract, authority: str | tuple[str, ...]) -> str:
+    if isinstance(authority, tuple):
+        return " and ".join(authority)
+    board = contract.board[authority]
+    veto = f", veto {', '.join(board.veto)}" if board.veto else ""
+    wait = f", after {show(board.wait)}" if board.wait else ""
+    return f"{authority} ({board.need} of {', '.join(board.members)}{veto}{wait})"
+
+
+# lint
+
+
+def _lint_parties(contract: Contract) -> Iterator[Note]:
+    for name, fingerprint in contract.party.items():
+        if not fingerprint.endswith(tuple("AEIMQUYcgkosw048")):
+            yield Note(f"party.{name}", "no key has this fingerprint: its last letter is impossible", warning=True)
+        elif not any(key_bytes(fingerprint)):
+            yield Note(f"party.{name}", "no key has this fingerprint: it is all zeros", warning=True)
+
+
+def _lint_places(contract: Contract) -> Iterator[Note]:
+    for name, place in contract.place.items():
+        here = f"place.{name}"
+        if place.debug:
+            yield Note(f"{here}.debug", "a debugger may read everything here", warning=True)
+        if isinstance(place, TeePlace):
+            if "simulated" in place.accept:
+                yield Note(f"{here}.accept", "simulated: a soft TEE protects nothing", warning=True)
+            if place.min_tcb is None:
+                yield Note(
+                    f"{here}.min_tcb", "not set: old firmware is accepted if its vendor still calls it up to date"
+                )
+        if isinstance(place, HostPlace) and place.files is None:
+            yield Note(f"{here}.files", "not set: the boot state alone says what the host may run")
+
+
+def _lint_phase(contract: Contract, name: str, phase: Phase) -> Iterator[Note]:
+    here = f"phase.{name}"
+    code = contract.code[phase.run]
+    foreign = [asset for asset in phase.read if contract.owner(asset) != code.owner]
+    place = contract.place[phase.at]
+    if isinstance(place, HostPlace):
+        yield Note(here, f"whoever controls the measured OS of {phase.at} is trusted with {', '.join(phase.read)}")
+    if isinstance(place, HePlace):
+        yield Note(here, f"{place.refresh} holds the decryption keys of {', '.join(phase.read)}")
+    if code.sandbox == "none" and foreign:
+        yield Note(here, f"{phase.run} has no sandbox: it can send out {', '.join(foreign)}", warning=True)
+    if code.owner in phase.metrics_to and foreign:
+        yield Note(
+            f"{here}.metrics_to", f"{code.owner} wrote {phase.run} and reads its metrics: a way out", warning=True
+        )
+    if "logs" in phase.streams_out:
+        yield Note(f"{here}.leaves", f"logs hold whatever {phase.run} prints", warning=bool(foreign))
+    answer = phase.answer
+    if answer is not None:
+        if answer.budget is None and answer.per_day is None:
+            yield Note(f"{here}.answer", "no budget: the model can be copied through answers", warning=True)
+        elif answer.budget is None:
+            yield Note(
+                f"{here}.answer", f"no total budget, only {_number(answer.per_day or 0)} a day until {contract.expires}"
+            )
+        elif answer.per_day is not None and answer.per_day >= answer.budget:
+            yield Note(f"{here}.answer.per_day", f"never reached: the total budget is {_number(answer.budget)}")
+        if code.sandbox == "sealed" and answer.pad is None:
+            yield Note(
+                f"{here}.answer.pad",
+                f"not set: {phase.run} is sealed, but the size of its answers is free",
+                warning=True,
+            )
+    elif name == "serve":
+        yield Note(here, "no `answer`: nobody can ask")
+    if not phase.write and answer is None and not phase.metrics_to:
+        yield Note(here, "nothing comes out: no `write`, no `answer`, no `metrics_to`", warning=True)
+    for asset in phase.write:
+        if asset in contract.data:
+            yield Note(f"{here}.write.{asset}", f"overwrites data: data.{asset}.digest names its first version only")
+
+
+def _lint_boards(contract: Contract) -> Iterator[Note]:
+    for output, owner in contract.outputs.items():
+        board = contract.board.get(owner)
+        if board is None:
+            continue
+        for party, asset in _origins(contract, output):
+            if _can_be_outvoted(board, party):
+                which = "is not on it" if party not in board.members else "can be outvoted"
+                text = f"{owner} can open {output}, made from {asset} of {party}, who {which}"
+                yield Note(f"board.{owner}", text, warning=True)
+    rule, authority = contract.change.successor, contract.authority("code")
+    if rule is not None:
+        people: tuple[str, ...] = authority if isinstance(authority, tuple) else ()
+        board = contract.board.get(authority) if isinstance(authority, str) else None
+        for asset in rule.keeps:
+            if contract.owner(asset) == authority:
+                continue  # the board decides about what it owns
+            for party in sorted(contract.people(contract.owner(asset))):
+                safe = party in people if board is None else not _can_be_outvoted(board, party)
+                if not safe:
+                    text = f"{party} owns {asset}, but new code may get it against the vote of {party}"
+                    yield Note(
+                        "change.successor.keeps", text, warning=asset in contract.data or asset in contract.stream
+                    )
+
+
+def _can_be_outvoted(board: Board, party: str) -> bool:
+    if party not in board.members:
+        return True
+    return party not in board.veto and board.need < len(board.members)
+
+
+def _origins(contract: Contract, output: str) -> tuple[tuple[str, str], ...]:
+    """Return (party, asset) for all data and streams that flow into `output`."""
+    found: dict[tuple[str, str], None] = {}
+    seen: set[str] = set()
+    queue = [output]
+    while queue:
+        here = queue.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if here in contract.data or here in contract.stream:
+            found.update(((party, here), None) for party in sorted(contract.people(contract.owner(here))))
+        queue += [source for phase in contract.phase.values() if here in phase.write for source in phase.read]
+    return tuple(found)
+
+
+def _lint_unused(contract: Contract) -> Iterator[Note]:
+    phases = contract.phase.values()
+    read = {asset for phase in phases for asset in phase.read}
+    for section, names in (("data", contract.data), ("stream", contract.stream)):
+        for name in names:
+            if name not in read:
+                yield Note(f"{section}.{name}", "no phase reads it")
+    for name in contract.code:
+        if all(phase.run != name for phase in phases):
+            yield Note(f"code.{name}", "no phase runs it")
+    places = {phase.at for phase in phases} | {contract.key_place(name) for name in contract.phase}
+    for name in contract.place:
+        if name not in places:
+            yield Note(f"place.{name}", "no phase is there")
+    for output, owner in contract.outputs.items():
+        if owner == NOBODY and output not in read:
+            yield Note(f"phase.write.{output}", "owned by nobody and read by no phase: it is lost", warning=True)
