@@ -10,7 +10,8 @@ import ctypes
 import os
 import resource
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ CLONE_NEWNS: Final = 0x00020000
 CLONE_NEWUSER: Final = 0x10000000
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -82,6 +84,18 @@ def forbid_dumps() -> None:
     """No core dump, no ptrace by the same user, /proc/PID/mem for root only."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+
+
+@contextmanager
+def dumpable() -> Iterator[None]:
+    """Own /proc/self for a moment: a process that forbids dumps may not write its own uid_map (proc(5))."""
+    before = _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
+    try:
+        yield
+    finally:
+        if before != 1:
+            _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
 def drop_privileges() -> None:

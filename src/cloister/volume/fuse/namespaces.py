@@ -35,7 +35,8 @@ def private_mount_namespace() -> None:
 def enter_user_mount_namespace() -> None:
     """Become root of a new user namespace, with a mount namespace of its own (`unshare --user --map-root-user --mount`).
 
-    The current user is the only one that is mapped; files of everybody else appear as owned by nobody.
+    The current user is the only one that is mapped; files of everybody else appear as owned by nobody. Call it before there are
+    secrets: a process that forbids dumps allows them while its map is written.
 
     Raises:
         MachineError: no-mount, this kernel or its policy does not let this user create user namespaces.
@@ -45,9 +46,10 @@ def enter_user_mount_namespace() -> None:
     uid, gid = os.geteuid(), os.getegid()
     try:
         linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS)
-        Path("/proc/self/setgroups").write_text("deny", encoding="ascii")  # user_namespaces(7): before gid_map
-        Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="ascii")
-        Path("/proc/self/gid_map").write_text(f"0 {gid} 1", encoding="ascii")
+        with linux.dumpable():
+            Path("/proc/self/setgroups").write_text("deny", encoding="ascii")  # user_namespaces(7): before gid_map
+            Path("/proc/self/uid_map").write_text(f"0 {uid} 1", encoding="ascii")
+            Path("/proc/self/gid_map").write_text(f"0 {gid} 1", encoding="ascii")
         linux.make_mounts_private()
     except OSError as error:
         raise _refused("user namespace", error) from error

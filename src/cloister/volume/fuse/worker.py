@@ -10,8 +10,8 @@ Supervisor, in this order:
   3 a worker ended with status 0: the file system was unmounted; end when all have
   4 a worker died: start another and let the kernel deliver the unanswered requests again (Linux 6.9 and later, and not
     more often than `RESTARTS` allows); otherwise end, which aborts the connection: readers get ENOTCONN
-  5 the mounting process says stop (it shuts its end of the report socket): kill the workers and end
-  6 the mounting process died: detach the mount and end
+  5 the mounting process says stop (it shuts its end of the report socket) or died: kill the workers, detach what is still
+    mounted, and end
 
 Reports travel as JSON, one per packet, on a SOCK_SEQPACKET socket. They carry paths and numbers, never content or keys.
 A full socket drops reports rather than hold up a reader.
@@ -77,7 +77,7 @@ def supervise(post: Post, server_for: Callable[[Callable[[Fault], None]], Server
     linux.lock_private_memory()
     parent = os.pidfd_open(post.parent)
     if os.getppid() != post.parent:
-        return _tidy(post)
+        return _stop(post, ())
 
     server = server_for(lambda fault: _send(post.reports, {"fault": asdict(fault)}))
     crew = {_start(post, server, number): number for number in range(post.workers)}
@@ -92,10 +92,8 @@ def supervise(post: Post, server_for: Callable[[Callable[[Fault], None]], Server
         ready = [fd for fd, _ in poll.poll()]
         for fd in watched:
             os.close(fd)
-        if parent in ready:
-            return _tidy(post)
-        if post.reports in ready:  # nothing is ever sent to us: the end of it is the order to stop
-            return _stop(crew)
+        if parent in ready or post.reports in ready:  # nothing is ever sent to us: readable means the other end is shut
+            return _stop(post, crew)
         for pid in [watched[fd] for fd in ready]:
             number = crew.pop(pid)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -137,21 +135,14 @@ def _start(post: Post, server: Server, number: int) -> int:
         end_process(post.reports, status)
 
 
-def _stop(crew: Collection[int]) -> int:
+def _stop(post: Post, crew: Collection[int]) -> int:
+    """End the workers, and unmount what is still mounted: if the mounting process is gone, nobody else will."""
     for pid in crew:
         os.kill(pid, signal.SIGKILL)
     for pid in crew:
         os.waitpid(pid, 0)
-    return 0
-
-
-def _tidy(post: Post) -> int:
-    """The mounting process is gone: nobody else will unmount, and a dead mount point would stay behind."""
     if post.mount_device is not None and linux.device_of_mount(post.at) == post.mount_device:
-        try:
-            linux.umount(os.fsencode(post.at), linux.MNT_DETACH)
-        except OSError:
-            return 1
+        linux.umount(os.fsencode(post.at), linux.MNT_DETACH)
     return 0
 
 
