@@ -22,7 +22,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +31,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     Connection,
+    Dialect,
     Engine,
     RowMapping,
     bindparam,
@@ -224,6 +225,33 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
+class _Statement:
+    """A statement compiled once and run by the driver's cursor: a quarter of the time that `Connection.execute` takes for
+    a statement this small (bench/log.py)."""
+
+    __slots__ = ("_names", "_text")
+
+    def __init__(self, statement: Any, dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self._text = str(compiled)
+        self._names = tuple(compiled.positiontup)
+
+    def run(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run it once for each of `rows`.
+
+        Raises:
+            TamperedError: (log-tampered) it did not write every row: somebody else changed the database.
+        """
+        cursor.executemany(self._text, [[row[name] for name in self._names] for row in rows])
+        if cursor.rowcount != len(rows):
+            raise tampered(
+                "the database was changed while the broker was running",
+                where="store.database",
+                found=f"{cursor.rowcount} rows written",
+                wanted=f"{len(rows)}",
+            )
+
+
 def _engine(path: Path, begin: str) -> Engine:
     engine = create_engine(
         f"sqlite+pysqlite:///{path}",
@@ -256,10 +284,13 @@ class Store:
         self._engines = _engine(self._path, "BEGIN IMMEDIATE"), _engine(self._path, "BEGIN")
         self._writer, self._reader = (engine.connect() for engine in self._engines)
         self._reading, self._writing = threading.Lock(), threading.Lock()
-        self._add_entries = insert(LOG_ENTRIES)
-        self._set_head = update(LOG_HEAD).values(checkpoint=bindparam("note")).where(LOG_HEAD.c.only == 1)
-        self._puts = {cls: _put_statement(cls) for cls in ROWS}
-        self._touches = {cls: _touch_statement(cls) for cls in ROWS if cls.PAYLOAD}
+        dialect = self._engines[0].dialect
+        self._add_entries = _Statement(insert(LOG_ENTRIES), dialect)
+        self._set_head = _Statement(
+            update(LOG_HEAD).values(checkpoint=bindparam("note")).where(LOG_HEAD.c.only == 1), dialect
+        )
+        self._puts = {cls: _Statement(_put_statement(cls), dialect) for cls in ROWS}
+        self._touches = {cls: _Statement(_touch_statement(cls), dialect) for cls in ROWS if cls.PAYLOAD}
 
     @property
     def path(self) -> Path:
@@ -483,27 +514,31 @@ class Store:
             TamperedError: (log-tampered) the database was changed underneath.
         """
         connection = self._writer
-        with self._writing, _translated(self._path, "writing"), connection.begin():
-            connection.execute(
-                self._add_entries, [{"entry": first + at, "body": body} for at, body in enumerate(bodies)]
-            )
-            for statement, values in self._statements(puts):
-                connection.execute(statement, values)
-            connection.execute(self._set_head, {"note": checkpoint})
+        with (
+            self._writing,
+            _translated(self._path, "writing"),
+            connection.begin(),
+            closing(connection.connection.cursor()) as cursor,
+        ):
+            self._add_entries.run(cursor, [{"entry": first + at, "body": body} for at, body in enumerate(bodies)])
+            for statement, rows in self._grouped(puts):
+                statement.run(cursor, rows)
+            self._set_head.run(cursor, [{"note": checkpoint, "only_1": 1}])
 
-    def _statements(self, puts: Sequence[Put]) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-        groups: dict[tuple[type[Row], bool], list[dict[str, Any]]] = {}
+    def _grouped(self, puts: Sequence[Put]) -> Iterator[tuple[_Statement, list[dict[str, Any]]]]:
+        """Yield each statement once, with all rows that go through it."""
+        groups: dict[_Statement, list[dict[str, Any]]] = {}
         for put in puts:
             cls = type(put.row)
             values = to_columns(put.row)
-            touch = bool(cls.PAYLOAD) and put.payload is None
-            if touch:
-                values = {f"_{name}": value for name, value in values.items()}
-            elif cls.PAYLOAD:
-                values[cls.PAYLOAD] = put.payload
-            groups.setdefault((cls, touch), []).append(values)
-        for (cls, touch), rows in groups.items():
-            yield (self._touches if touch else self._puts)[cls], rows
+            if cls.PAYLOAD and put.payload is None:
+                statement, values = self._touches[cls], {f"_{name}": value for name, value in values.items()}
+            else:
+                statement = self._puts[cls]
+                if cls.PAYLOAD:
+                    values[cls.PAYLOAD] = put.payload
+            groups.setdefault(statement, []).append(values)
+        yield from groups.items()
 
     def size_on_disk(self) -> int:
         """Return the number of entries that are in the database."""

@@ -22,16 +22,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, cast
 
 from cloister.broker.log import leaf as leaves
-from cloister.broker.log.checkpoint import Checkpoint, SignedCheckpoint, open_checkpoint, sign, tampered
+from cloister.broker.log.checkpoint import Checkpoint, SignedCheckpoint, add_lines, open_checkpoint, sign, tampered
 from cloister.broker.log.fold import (
     AnswerCountRow,
     Change,
@@ -51,11 +52,18 @@ from cloister.broker.log.fold import (
 from cloister.broker.log.leaf import Leaf
 from cloister.broker.log.receipt import Receipt
 from cloister.broker.log.tree import Tree, leaf_hash
+from cloister.broker.log.witness import (
+    NONCE_BYTES,
+    WitnessLink,
+    check_seen,
+    epoch_request,
+    open_statement,
+)
 from cloister.broker.store.database import Put, Store, forgettable
 from cloister.crypto.canonical import cbor_decode, cbor_encode
 from cloister.crypto.keys import Secret, digest
-from cloister.crypto.note import Signer, Verifier
-from cloister.errors import CloisterError, DeniedError, InputError, MachineError, Reason
+from cloister.crypto.note import NoteError, Signer, Verifier, open_note
+from cloister.errors import CloisterError, DeniedError, InputError, MachineError, PeerError, Reason, TamperedError
 
 MAX_GROUP: Final = 512
 """Entries in one commit: at 20 us each the slowest still waits less than two fsyncs (bench/log.py)."""
@@ -174,6 +182,53 @@ class _Job:
     body: bytes = b""
 
 
+@dataclass(slots=True)
+class _Watcher:
+    """A witness and where it stands."""
+
+    link: WitnessLink
+    epoch: int = 0
+    size: int = 0
+
+    def begin(self, signer: Signer, size: int, tree: Tree) -> None:
+        """Open an epoch and compare; errors as `Ledger.watch`."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        data = self.link.open_epoch(epoch_request(signer, nonce))
+        seen = open_statement(data, self.link.verifier, origin=signer.name, nonce=nonce)
+        check_seen(seen, size=size, root_at=tree.root, who=self.link.verifier.name)
+        self.epoch, self.size = seen.epoch, seen.checkpoint.size
+
+    def cosign(self, tree: Tree, checkpoint: bytes) -> str | CloisterError:
+        """Return the verified signature line for the whole tree, or why there is none."""
+        try:
+            for _ in range(2):  # once more if the last answer got lost and the witness stands further on
+                proof = tree.consistency(self.size)
+                line = self.link.cosign(epoch=self.epoch, old_size=self.size, proof=proof, checkpoint=checkpoint)
+                if isinstance(line, str):
+                    if line.count("\n") != 1:
+                        raise NoteError("it is not one line")
+                    open_note(add_lines(checkpoint, [line]), [self.link.verifier])
+                    self.size = tree.size
+                    return line
+                if line.size > tree.size:
+                    break
+                self.size = line.size
+        except CloisterError as error:
+            return error
+        except NoteError as error:
+            return PeerError(
+                f"the cosignature of {self.link.verifier.name} does not count: {error}",
+                code="protocol",
+                reasons=[Reason(f"witness.{self.link.verifier.name}", str(error), "its cosignature")],
+            )
+        return tampered(
+            f"my log has {tree.size} entries, witness {self.link.verifier.name} saw more",
+            where=f"witness.{self.link.verifier.name}",
+            found=f"{tree.size} entries",
+            wanted="what the witness saw",
+        )
+
+
 class Ledger:
     """The broker's state: the signed log and its fold. Open one for each state folder."""
 
@@ -198,6 +253,9 @@ class Ledger:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._halted: CloisterError | None = None
         self._closed = False
+        self._watching = threading.Lock()
+        self._watchers: tuple[_Watcher, ...] = ()
+        self._quorum = 0
         self._groups = 0
         self._group: Sequence[_Job] = ()
         self._sealing: Mapping[tuple[type[Row], Key], Put] = {}
@@ -217,6 +275,8 @@ class Ledger:
         self._closed = True
         self._jobs.put(None)
         self._thread.join()
+        if self._watchers:
+            self._pool.shutdown()
         self._store.close()
 
     def __enter__(self) -> Ledger:
@@ -302,6 +362,39 @@ class Ledger:
         if not bodies:
             raise IndexError(f"entry {index} of {size}")
         return Receipt(bodies[0], index, size, self._tree.inclusion(index, size), checkpoint)
+
+    def watch(self, witnesses: Sequence[WitnessLink], *, quorum: int) -> None:
+        """Open an epoch at every witness and let them cosign every group from here on; blocks.
+
+        Requests are answered only after `quorum` witnesses cosigned. A witness that refuses halts the ledger; one that
+        cannot be reached is asked again with the next group.
+
+        Raises:
+            TamperedError: (log-tampered) a witness saw more entries than this log has, or another history; halted.
+            PeerError: fewer than `quorum` witnesses answered.
+            ValueError: `quorum` is not more than half of the witnesses, or more than all.
+        """
+        if not len(witnesses) < 2 * quorum <= 2 * len(witnesses):
+            raise ValueError(f"a quorum of {quorum} of {len(witnesses)} witnesses lets a log fork or never answers")
+        with self._watching:
+            watchers, reasons = [], list[Reason]()
+            for link in witnesses:
+                watcher = _Watcher(link)
+                try:
+                    watcher.begin(self._signer, self._size, self._tree)
+                except PeerError as error:
+                    reasons += error.reasons
+                    continue
+                except TamperedError as error:
+                    self._halted = error
+                    raise
+                watchers.append(watcher)
+            if len(watchers) < quorum:
+                raise PeerError(
+                    f"{len(watchers)} of {len(witnesses)} witnesses answered, {quorum} must", reasons=reasons
+                )
+            self._pool = ThreadPoolExecutor(len(watchers), thread_name_prefix="cosign")
+            self._watchers, self._quorum = tuple(watchers), quorum
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -542,7 +635,7 @@ class Ledger:
 
         return self._submit(decide)
 
-    def release(self, leaf: leaves.Release, secrets: LeaseSecrets) -> Pending[Appended]:
+    def release(self, leaf: leaves.Release, kept: LeaseSecrets) -> Pending[Appended]:
         """Log a release and begin its lease; send keys only after this.
 
         Raises (from the Pending):
@@ -563,7 +656,7 @@ class Ledger:
             ]
             if stale:
                 raise DeniedError("an asset changed while the release was decided", reasons=stale, hint="ask again")
-            return _Entry(leaf, {LeaseRow: Secret(secrets.encode())})
+            return _Entry(leaf, {LeaseRow: Secret(kept.encode())})
 
         return self._submit(decide)
 
@@ -651,8 +744,8 @@ class Ledger:
         def decide(fold: Fold) -> _Entry | _Existing:
             row = _wanted_lease(fold, lease, now)
             contract = fold.get(ContractRow, row.contract)
-            secrets = LeaseSecrets.decode(self._store.vault.open_row(row, self._sealed(row)))
-            output = next((item for item in secrets.outputs if item.asset == asset), None)
+            kept = LeaseSecrets.decode(self._store.vault.open_row(row, self._sealed(row)))
+            output = next((item for item in kept.outputs if item.asset == asset), None)
             if contract is None or output is None or asset not in row.writes:
                 raise DeniedError(
                     f"lease {lease} does not write {asset!r}",
@@ -829,7 +922,31 @@ class Ledger:
             self._tree.truncate(first)
             self._check_rolled_back(first, error)
             raise
+        checkpoint, trouble = self._cosign(checkpoint)
         self._publish(changes, puts, checkpoint)
+        if trouble is not None:
+            raise trouble
+
+    def _cosign(self, checkpoint: bytes) -> tuple[bytes, CloisterError | None]:
+        """Step 5: return the note with the cosignatures, and why the group must not be answered, if so."""
+        with self._watching:
+            if not self._watchers:
+                return checkpoint, None
+            results = list(self._pool.map(lambda w: w.cosign(self._tree, checkpoint), self._watchers))
+            lines = [result for result in results if isinstance(result, str)]
+            reasons = [reason for result in results if isinstance(result, CloisterError) for reason in result.reasons]
+            cosigned = add_lines(checkpoint, lines)
+            refused = next((result for result in results if isinstance(result, TamperedError)), None)
+            if refused is not None:
+                self._halted = refused
+                return cosigned, refused
+            if len(lines) < self._quorum:
+                return cosigned, PeerError(
+                    f"{len(lines)} of {len(self._watchers)} witnesses cosigned, {self._quorum} must: logged, not granted",
+                    reasons=reasons,
+                    hint="start the witnesses; the entry stays in the log, ask again",
+                )
+            return cosigned, None
 
     def _enter(self, job: _Job, entry: _Entry, puts: dict[tuple[type[Row], Key], Put]) -> tuple[Change, ...]:
         """Step 2."""
@@ -854,7 +971,10 @@ class Ledger:
         return put.payload if put and put.payload is not None else self._payloads[type(row), row.key]
 
     def _check_rolled_back(self, size: int, cause: CloisterError) -> None:
-        """Halt unless the database holds what it held before the commit that failed."""
+        """Halt unless a commit that failed for lack of room left exactly what was there before it."""
+        if cause.code not in ("disk-full", "busy"):
+            self._halted = cause  # after a failed fsync nobody knows what the disk holds: only a new start reads it
+            return
         try:
             found = self._store.size_on_disk()
         except CloisterError as error:
