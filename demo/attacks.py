@@ -1,0 +1,3 @@
+"""Placeholder while the story is built."""
+def play(job: object, file: object) -> None:
+    """Nothing yet."""

@@ -1,0 +1,5 @@
+"""`python -m cloister` is the command `cloister`."""
+
+from cloister.cli import entry
+
+entry()

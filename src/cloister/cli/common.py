@@ -1,0 +1,268 @@
+"""What most verbs share: who you are, which broker you trust, where contracts come from, common options."""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+import click
+
+from cloister.cli.ui import Ui
+from cloister.errors import InputError, MachineError, Reason
+
+if TYPE_CHECKING:
+    from cloister.broker.client import BrokerClient, Signer, Trust
+    from cloister.contract.model import Contract
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEFAULT_HOME: Final = "~/.config/cloister"
+SOFT_NOTE: Final = (
+    "software evidence under a published test root: it protects nothing and is for trying things out only"
+)
+
+
+def now() -> datetime:
+    """The one clock of the command line."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class You:
+    """Who runs the command: home folder, SSH key, broker address, and whether soft TEEs are accepted."""
+
+    ui: Ui
+    home: Path
+    key_file: Path
+    broker_url: str
+    soft: bool
+
+    def signer(self) -> Signer:
+        """Return a function that signs with your key: in process for a plain key file, else through ssh-keygen.
+
+        Raises:
+            InputError: there is no key yet, or it cannot be used.
+        """
+        from cloister.contract import edge
+
+        if not self.key_file.exists():
+            raise InputError(
+                f"no SSH key at {self.key_file}",
+                hint="`cloister key new` makes one; `--key FILE` uses another (a .pub file means ssh-agent or a token)",
+            )
+        if self.key_file.suffix != ".pub":
+            try:
+                return edge.Signer.load(self.key_file).sign
+            except InputError:  # a passphrase or a security key: ssh-keygen asks for it
+                pass
+        return functools.partial(edge.sign, key_file=self.key_file)
+
+    def fingerprint(self) -> str:
+        """Return `SHA256:...` of your key as contracts name parties."""
+        from cloister.contract import edge
+
+        return edge.fingerprint(self.key_file)
+
+    def trust(self) -> Trust:
+        """Return what you believe of a broker: your own version of the software, on hardware unless you said otherwise."""
+        from cloister.attestation.roots import Roots
+        from cloister.broker.client import Trust
+
+        return Trust(roots=Roots(soft=self.soft), allow_soft=self.soft)
+
+    def broker(self) -> BrokerClient:
+        """Attest the broker and return a client of it.
+
+        Raises:
+            InputError: no address was given.
+            EvidenceError, PeerError, TamperedError: it is not one to trust.
+        """
+        from cloister.broker.client import BrokerClient
+
+        if not self.broker_url:
+            raise InputError(
+                "which broker?",
+                reasons=[Reason("--broker", "nothing", "https://<host>:<port>")],
+                hint="set CLOISTER_BROKER, or start one with `cloister up`",
+            )
+        client = BrokerClient.connect(self.broker_url, trust=self.trust(), memory=self.home / "brokers.json", clock=now)
+        if client.broker.soft:
+            self.ui.warn(f"the broker shows {SOFT_NOTE}")
+        return client
+
+    def party_in(self, contract: Contract) -> str:
+        """Return your name in `contract`.
+
+        Raises:
+            InputError: your key is not a party's.
+        """
+        mine = self.fingerprint()
+        for name, fingerprint in contract.party.items():
+            if fingerprint == mine:
+                return name
+        raise InputError(
+            f"your key is not a party of contract '{contract.name}'",
+            reasons=[Reason("party", mine, " or ".join(f"{n} {f}" for n, f in contract.party.items()))],
+            hint="use `--key` or `--home` of a party",
+        )
+
+    def holds_key_of(self, fingerprint: str) -> bool:
+        """Whether this machine can sign with the key `fingerprint` right now: proven, not claimed."""
+        from cloister.contract import sshsig
+
+        if not self.key_file.exists() or self.fingerprint() != fingerprint:
+            return False
+        challenge = secrets.token_bytes(32)
+        signature = self.signer()(challenge, namespace="audience@cloister")
+        return sshsig.verify(signature, challenge, namespace="audience@cloister").fingerprint == fingerprint
+
+
+def options(function: Callable[P, R]) -> Callable[..., R]:
+    """`--home`, `--key`, `--broker`, `--insecure-soft-tee`, `--json`; the command gets them as one `You`."""
+
+    @click.option(
+        "--home",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="CLOISTER_HOME",
+        default=DEFAULT_HOME,
+        show_default=True,
+        help="Your keys, receipts and memory of brokers.",
+    )
+    @click.option(
+        "--key",
+        "key_file",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="SSH key to sign with; a .pub file means ssh-agent or a security key.  [default: HOME/id_ed25519]",
+    )
+    @click.option("--broker", "broker_url", envvar="CLOISTER_BROKER", default="", help="Address of the broker.")
+    @click.option(
+        "--insecure-soft-tee",
+        "soft",
+        is_flag=True,
+        envvar="CLOISTER_INSECURE_SOFT_TEE",
+        help="Accept and make software evidence. Protects nothing.",
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any, home: Path, key_file: Path | None, broker_url: str, soft: bool, as_json: bool, **rest: Any
+    ) -> R:
+        folder = home.expanduser()
+        you = You(Ui(as_json=as_json), folder, key_file or folder / "id_ed25519", broker_url, soft)
+        return function(you, *args, **rest)  # type: ignore[arg-type]  # click passes by name
+
+    return wrapper
+
+
+class Pair(click.ParamType):
+    """NAME=VALUE."""
+
+    name = "name=value"
+
+    def __init__(self, what: str = "NAME=PATH") -> None:
+        self.what = what
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, rest = value.partition("=")
+        if not equals or not name or not rest:
+            self.fail(f"wants {self.what}, found '{value}'", param, ctx)
+        return name, rest
+
+
+def paths(pairs: Iterable[tuple[str, str]], option: str) -> dict[str, Path]:
+    """Return the mapping of `NAME=PATH` options; a name twice is refused."""
+    result: dict[str, Path] = {}
+    for name, value in pairs:
+        if name in result:
+            raise InputError(f"{option} names '{name}' twice")
+        result[name] = Path(value).absolute()
+    return result
+
+
+def read_contract(path: Path) -> tuple[bytes, Contract]:
+    """Return the bytes and the parsed form of a contract file.
+
+    Raises:
+        InputError: no such file, or every finding in it.
+    """
+    from cloister.contract.parse import parse
+
+    data = read_file(path, "a contract")
+    return data, parse(data, name=path.name)
+
+
+def find_contract(reference: str, broker: BrokerClient) -> Contract:
+    """Return a contract by file, by id (`sha256:...`) or by name; the latter two from the broker."""
+    from cloister.contract.parse import parse
+
+    if Path(reference).is_file():
+        return read_contract(Path(reference))[1]
+    status = broker.contract_status(reference)
+    return parse(broker.contract_bytes(status.contract), name=status.name)
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """Return the bytes of a file that the user named.
+
+    Raises:
+        InputError: it cannot be read; says which file was wanted.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {what} at {path}: {error.strerror}") from error
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        MachineError: (`disk-full`) no room; the old file is untouched. Or another reason that the system gives.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        code = "disk-full" if error.errno in (28, 122) else "machine"  # ENOSPC, EDQUOT
+        raise MachineError(f"cannot write {path}: {error.strerror}", code=code) from error
+
+
+def keep_receipt(you: You, receipt: bytes, name: str) -> Path:
+    """Keep a receipt in your home; `audit` checks all of them against the log."""
+    path = you.home / "receipts" / f"{name}.json"
+    write_file(path, receipt)
+    return path
+
+
+def table(rows: Iterable[Mapping[str, str]]) -> str:
+    """Return rows as aligned columns with a header, without colour."""
+    listed = list(rows)
+    if not listed:
+        return ""
+    names = list(listed[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in listed)) for name in names}
+    lines = ["  ".join(name.ljust(widths[name]) for name in names).rstrip()]
+    lines += ["  ".join(row[name].ljust(widths[name]) for name in names).rstrip() for row in listed]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""`cloister measure`: a script with its whole environment becomes one digest."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from cloister.cli.common import Pair, You, options, read_file, write_file
+from cloister.cli.ui import human_seconds
+from cloister.errors import InputError
+
+
+def default_python() -> Path:
+    """The interpreter of the active virtual environment, or the one on PATH."""
+    import os
+
+    active = os.environ.get("VIRTUAL_ENV")
+    found = Path(active) / "bin" / "python" if active else Path(shutil.which("python3") or "")
+    if not found.is_file():
+        raise InputError("which Python?", hint="activate a virtual environment, or name one with --python")
+    return found
+
+
+@click.command("measure", short_help="Measure a script with its whole environment: one digest, readable.")
+@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("args", nargs=-1)
+@click.option(
+    "--python", type=click.Path(path_type=Path), help="Interpreter of the environment.  [default: the active one]"
+)
+@click.option(
+    "--env", "env", type=Pair("NAME=VALUE"), multiple=True, help="Environment variable that the program gets."
+)
+@click.option("--to", "target", type=click.Path(path_type=Path), help="Write the measured workload to this file.")
+@click.option("--diff", "old", type=click.Path(path_type=Path), help="Show what differs from an earlier workload file.")
+@click.option("--software", is_flag=True, help="Also print the measurement of this Cloister installation.")
+@options
+def command(
+    you: You,
+    script: Path,
+    args: tuple[str, ...],
+    python: Path | None,
+    env: tuple[tuple[str, str], ...],
+    target: Path | None,
+    old: Path | None,
+    software: bool,
+) -> None:
+    """Measure SCRIPT with interpreter, packages, native libraries, ARGS and environment.
+
+    The digest goes into a contract; another machine with the same packages gets the same digest. Inside, inputs are at
+    /data/<asset> and outputs at /out/<asset>, so ARGS use those paths.
+
+    \b
+    Examples:
+      cloister measure train.py --python venv/bin/python --to trainer.workload -- --data /data/scans --out /out/detector
+      cloister measure train.py --diff trainer.workload -- --data /data/scans --out /out/detector
+    """
+    import time
+
+    from cloister.node.workload import Workload, WorkloadSpec, diff, inventory, measure, render_inventory
+
+    spec = WorkloadSpec(python=python or default_python(), script=script, args=args, env=dict(env))
+    begin = time.perf_counter()
+    with you.ui.bar("measuring") as bar:
+        workload = measure(spec, cache_dir=you.home / "measured", progress=bar.update)
+    took = time.perf_counter() - begin
+    result = {"digest": workload.digest, "seconds": took}
+    you.ui.say(render_inventory(inventory(workload)))
+    you.ui.say(f"measured in {human_seconds(took)}")
+    if old is not None:
+        lines = diff(Workload.from_bytes(read_file(old, "a workload file")), workload)
+        result["differences"] = list(lines)  # type: ignore[assignment]
+        you.ui.say("differences: " + ("none" if not lines else ""))
+        for line in lines:
+            you.ui.say(f"  {line}")
+    if target is not None:
+        write_file(target, workload.to_bytes())
+    if software:
+        from cloister.attestation.edge.software import measure_package
+
+        result["software"] = measure_package().hex()
+        you.ui.say(f"this Cloister installation measures {result['software']}")
+    you.ui.result(result, f'{script.stem} = {{ owner = "…", digest = "{workload.digest}" }}')

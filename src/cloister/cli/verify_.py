@@ -1,0 +1,69 @@
+"""`cloister verify`: check a sealed volume or a receipt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cloister.cli.common import You, options, read_file
+from cloister.cli.keyring import Keyring
+from cloister.cli.ui import human_bytes, human_seconds
+from cloister.errors import InputError
+
+
+@click.command("verify", short_help="Check a sealed volume or a receipt.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--digest", default=None, help="The root digest that the volume must have.")
+@click.option("--log-key", default="", help="Verifier key of the log.  [default: of the broker remembered in HOME]")
+@options
+def command(you: You, path: Path, digest: str | None, log_key: str) -> None:
+    """Check every record of a sealed volume that you have the key of, or a receipt file, offline.
+
+    \b
+    Examples:
+      cloister verify scans.sealed
+      cloister verify HOME/receipts/answer-17.json
+    """
+    if path.is_dir():
+        _volume(you, path, digest)
+    else:
+        _receipt(you, path, log_key)
+
+
+def _volume(you: You, path: Path, digest: str | None) -> None:
+    import time
+
+    from cloister.volume.read import Volume, peek
+
+    head = peek(path)
+    key = Keyring(you.home / "keys").find(head.volume_id)
+    if key is None:
+        raise InputError(
+            f"you have no key of {path}",
+            hint="its owner can verify it; `cloister open` fetches keys of outputs you own",
+        )
+    begin = time.perf_counter()
+    volume = Volume.open(path, key, expect=digest)
+    with you.ui.bar("verifying") as bar:
+        volume.verify(progress=bar.update)
+    took = time.perf_counter() - begin
+    you.ui.result(
+        {"digest": volume.digest, "entries": len(volume.tree), "size_bytes": volume.data_len, "seconds": took},
+        f"{volume.digest}: every record is authentic, {human_bytes(volume.data_len)} in {human_seconds(took)}",
+    )
+
+
+def _receipt(you: You, path: Path, log_key: str) -> None:
+    from cloister.broker.log.receipt import check_receipt, parse_receipt
+    from cloister.cli.audit_ import remembered
+    from cloister.crypto.note import Verifier
+
+    key = log_key or remembered(you).log_key
+    verified = check_receipt(parse_receipt(read_file(path, "a receipt")), Verifier.parse(key))
+    leaf = verified.leaf
+    you.ui.result(
+        {"index": verified.index, "size": verified.signed.checkpoint.size, "kind": leaf.KIND, "leaf": leaf.as_json()},
+        f"entry {verified.index} of {verified.signed.checkpoint.origin}: {leaf.KIND} at {leaf.time:%Y-%m-%d %H:%M:%S} UTC; "
+        "its place in the log is proven",
+    )

@@ -1,0 +1,148 @@
+"""From a script on this machine to keys in this process: measure, extend, attest, get the release.
+
+The order is the security argument; nothing secret exists before the last step:
+
+  1 measure   interpreter, packages, native libraries, scripts, arguments, environment -> one digest
+  2 stage     a private copy of exactly these files, which is all that the jail will see
+  3 confine   the sandbox profile that the contract names, at the best level of this machine
+  4 extend    digest, profile and level go into the platform's runtime register: no way back on this TEE
+  5 attest    HPKE key pair in memory, nonce, evidence over the binding, release sealed to that key
+
+Files, clock and sockets are behind the arguments; what is decided here is only the order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cloister.attestation.edge.attester import Attester
+from cloister.attestation.events import WORKLOAD
+from cloister.attestation.events import Workload as WorkloadEvent
+from cloister.broker.client import BrokerClient, Release
+from cloister.confine.probe import best_level
+from cloister.confine.profile import NAMES as PROFILES
+from cloister.confine.profile import Profile, profile
+from cloister.crypto.keys import Secret
+from cloister.errors import InputError, MachineError, Reason
+from cloister.node.plan import Plan
+from cloister.node.report import Report
+from cloister.node.workload import Staged, Workload, WorkloadSpec, measure, stage
+
+LEVELS: Final = ("L1", "L2", "L3")
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where a node keeps what it measured and staged, and the key that authenticates it (None: integrity only)."""
+
+    root: Path
+    mac_key: Secret | None = None
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "measured"
+
+    @property
+    def staged(self) -> Path:
+        return self.root / "staged"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A measured, staged and registered workload: steps 1 to 4."""
+
+    workload: Workload
+    staged: Staged
+    profile: Profile
+    level: str
+    attester: Attester
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Everything that a phase needs to start: step 5 on top of `prepared`."""
+
+    prepared: Prepared
+    release: Release
+
+
+def prepare(
+    plan: Plan,
+    spec: WorkloadSpec,
+    attester: Attester,
+    *,
+    store: Store,
+    report: Report,
+    level: str | None = None,
+    expected: Workload | None = None,
+) -> Prepared:
+    """Run steps 1 to 4 and return what may be attested.
+
+    `level` names a confinement level that the caller insists on or accepts (default: the best of this machine).
+    `expected` is the workload that the contract's author measured; it only serves to explain a difference.
+
+    Raises:
+        InputError: the environment or the script cannot be measured, or the sandbox name is not one that runs here.
+        MachineError: no confinement level that is acceptable (code `no-sandbox`).
+    """
+    with report.step("measured workload") as step, report.bar("measuring") as bar:  # 1
+        workload = measure(spec, cache_dir=store.cache, mac_key=store.mac_key, progress=bar.update)
+        step.text = f"measured {spec.script.name}: {workload.digest[:19]}…"
+    if workload.digest != plan.digest:
+        _explain_difference(plan, workload, expected, report)
+    with report.step("staged it") as step, report.bar("staging") as bar:  # 2
+        staged = stage(workload, spec, store=store.staged, mac_key=store.mac_key, progress=bar.update)
+    if plan.sandbox not in PROFILES:  # 3
+        raise InputError(
+            f"code '{plan.code}' wants sandbox '{plan.sandbox}', which this node does not run",
+            reasons=[Reason(f"code.{plan.code}.sandbox", plan.sandbox, " or ".join(PROFILES))],
+            hint="ask the contract's parties for a sandbox that confines the code",
+        )
+    chosen = profile(plan.sandbox)
+    reached = level or best_level()
+    if reached not in LEVELS:
+        raise MachineError(
+            "this machine cannot confine a program",
+            code="no-sandbox",
+            reasons=[Reason("sandbox.level", reached, "L2, or L1 where the data owners accept it")],
+            hint="`cloister doctor` lists what is missing and how to get it",
+        )
+    event = WorkloadEvent(workload.digest, plan.sandbox, chosen.digest(), reached)
+    attester.extend(WORKLOAD, event.encode())  # 4
+    return Prepared(workload, staged, chosen, reached, attester)
+
+
+def admit(plan: Plan, prepared: Prepared, broker: BrokerClient, report: Report) -> Admission:
+    """Step 5: prove it to the broker and return the keys.
+
+    Raises:
+        DeniedError, EvidenceError: the broker's reasons.
+        PeerError: the broker is unreachable or was replaced.
+    """
+    with report.step("attested") as step:
+        release = broker.release(
+            plan.contract.id,
+            plan.phase,
+            attester=prepared.attester,
+            reads=sorted(plan.reads),
+            writes=sorted(plan.writes),
+        )
+        names = ", ".join([*plan.reads, *plan.writes]) or "no assets"
+        step.text = f"attested as {prepared.attester.name} at {prepared.level}; keys of {names} released"
+    return Admission(prepared, release)
+
+
+def _explain_difference(plan: Plan, workload: Workload, expected: Workload | None, report: Report) -> None:
+    """Say early what the broker will refuse; the broker decides, so this does not stop anything."""
+    report.warn(
+        f"phase.{plan.phase}.run: the contract wants '{plan.code}' {plan.digest[:19]}…, this is {workload.digest[:19]}…"
+    )
+    if expected is not None and expected.digest == plan.digest:
+        from cloister.node.workload import diff
+
+        for line in diff(expected, workload):
+            report.say(f"  {line}")
+    elif expected is None:
+        report.say("  `--expected FILE` (from the contract's author) shows what differs")
