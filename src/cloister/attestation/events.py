@@ -1,7 +1,7 @@
 """Runtime events: what a program wrote into a register after launch, and how the log explains the register.
 
 Format: value' = SHA-384(value || digest), digest = SHA-384(data), starting from 48 zero bytes (TDX RTMR, Intel TDX module
-specification, TDG.MR.RTMR.EXTEND). All our events go to register 3.
+specification, TDG.MR.RTMR.EXTEND). All our events go to register 3. An event's name is not measured: a reader relies on data only.
 
 Steps of `check_log`; an error names the step that refused:
   1 register   every event belongs to register 3
@@ -137,25 +137,58 @@ def check_log(events: tuple[Event, ...], register: bytes, *, where: str) -> None
 def workload_of(claims: Claims) -> Workload:
     """Return the workload of the single `cloister/workload/1` event in `claims`.
 
+    The register measures data, not names, so whoever carries a log could give a second workload another name. Every
+    event counts whose name or whose data is a workload's.
+
     Raises:
         EvidenceError: `evidence-unacceptable` if there is no such event or more than one; `evidence-malformed` if its
             data is not a workload.
     """
-    found = [entry for entry in claims.events if entry.name == WORKLOAD]
-    if len(found) != 1:
+    found = [entry for entry in claims.events if entry.name == WORKLOAD or _is_workload(entry.data)]
+    if len(found) != 1 or found[0].name != WORKLOAD:
         raise EvidenceError(
             f"the event log holds {len(found)} workload events, wanted exactly one",
             code="evidence-unacceptable",
             reasons=[
                 Reason(
                     f"events.{WORKLOAD}",
-                    str(len(found)),
-                    "1",
+                    ", ".join(entry.name for entry in found) or "no workload event",
+                    f"exactly one {WORKLOAD}",
                     "a node measures one workload after it starts; start a fresh node for another workload",
                 )
             ],
         )
     return decode_workload(found[0].data)
+
+
+def config_of(claims: Claims) -> bytes:
+    """Return the data of the `cloister/config/1` event, which must be the only event in `claims`.
+
+    Raises:
+        EvidenceError: `evidence-unacceptable` if the log is anything else.
+    """
+    if [entry.name for entry in claims.events] != [CONFIG]:
+        raise EvidenceError(
+            "the event log does not hold exactly one configuration",
+            code="evidence-unacceptable",
+            reasons=[
+                Reason(
+                    f"events.{CONFIG}",
+                    ", ".join(entry.name for entry in claims.events) or "no event",
+                    f"exactly one event, {CONFIG}",
+                    "a broker measures its configuration once, when it starts",
+                )
+            ],
+        )
+    return claims.events[0].data
+
+
+def _is_workload(data: bytes) -> bool:
+    try:
+        decode_workload(data)
+    except EvidenceError:
+        return False
+    return True
 
 
 def decode_workload(data: bytes) -> Workload:

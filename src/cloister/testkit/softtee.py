@@ -5,7 +5,7 @@
     claims = platform.claims(binding(nonce=nonce))          # through verify() and dcap-qvl, ~1 ms
     assert appraise(claims, soft_policy()) != ()
 
-    claims = soft_claims(debug=True)                        # the same values without cryptography, microseconds
+    claims = soft_claims(debug=True)                        # the same values in microseconds
 
 Everything is deterministic. It protects nothing: the test root's private key is public.
 """
@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -27,7 +28,6 @@ from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.events import Workload
 from cloister.attestation.roots import Roots
 from cloister.attestation.soft import tdx as soft_tdx
-from cloister.attestation.tdx import format as tdx_format
 from cloister.attestation.types import Claims, Event, Evidence, Policy
 from cloister.attestation.verify import verify
 
@@ -72,23 +72,15 @@ def soft_policy(**fields: Any) -> Policy:
 
 
 def soft_claims(*, events: tuple[Event, ...] | None = None, **fields: Any) -> Claims:
-    """Return the claims that `SoftPlatform().claims(binding())` gives after one workload, without any cryptography.
+    """Return what `SoftPlatform().run(workload()).claims()` returns; `fields` override those of `Claims`.
 
-    `fields` override those of `Claims`; `events` also set `rtmr3` unless `measurements` are given.
+    The evidence is verified once per process, so a call costs microseconds. With `events`, `rtmr3` follows them unless
+    `measurements` are given.
     """
-    log = (event_log.event(event_log.WORKLOAD, workload().encode()),) if events is None else events
-    newest = soft_tdx.levels((NOW - timedelta(days=1)).date())[0]
-    base = Claims(
-        kind="tee",
-        tee="soft-tdx",
-        debug=False,
-        tcb_status=newest.status,
-        tcb_date=newest.date,
-        report_data=binding().report_data(),
-        measurements=MappingProxyType({**_registers(), "rtmr3": event_log.replay(log)}),
-        events=log,
-        platform=MappingProxyType(_machine()),
-    )
+    base = _reference()
+    if events is not None:
+        measurements = {**base.measurements, "rtmr3": event_log.replay(events)}
+        base = replace(base, events=events, measurements=MappingProxyType(measurements))
     return replace(base, **fields)
 
 
@@ -163,11 +155,6 @@ class SoftPlatform:
         return verify(self.evidence(bound), self.endorsements, self.roots, now=self.now)
 
 
-def _registers() -> dict[str, bytes]:
-    quote = soft_tdx.quote(soft_tdx.platform(), mrtd=MEASUREMENT, report_data=bytes(64))
-    return tdx_format.parse(quote).measurements()
-
-
-def _machine() -> dict[str, str]:
-    machine = soft_tdx.platform()
-    return {"ppid": machine.ppid.hex(), "fmspc": machine.fmspc.lower()}
+@lru_cache(maxsize=1)
+def _reference() -> Claims:
+    return SoftPlatform().run(workload()).claims()

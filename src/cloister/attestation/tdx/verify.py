@@ -17,6 +17,9 @@ because dcap-qvl refuses it, and read again by our parser, so `Policy.debug` can
 
 Collateral comes from the relying party, by FMSPC. A PCK chain inside collateral would replace the quote's own, so the
 collateral parser refuses every key beyond the nine that Intel's PCS delivers.
+
+Not checked on purpose: TDATTRIBUTES.PERFMON and PKS (bits 63 and 30), which dcap-qvl lets pass: they change what the guest
+may do, not who can read it. A contract that minds pins `tdattributes` as a reference value.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from dcap_qvl import QuoteCollateralV3, QuotePolicy, QuoteVerifier
 from cloister.attestation import events as event_log
 from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.roots import Roots, choose
+from cloister.attestation.tdx import chain
 from cloister.attestation.tdx import format as tdx_format
 from cloister.attestation.tdx.collateral import parse as parse_collateral
 from cloister.attestation.tdx.roots import PINS
@@ -56,6 +60,7 @@ _STEPS: Final[tuple[tuple[str, str, str, str], ...]] = (
     ("TCB status is invalid", "tdx.7-tcb", "a TCB level that is not revoked", "this platform's keys are compromised"),
     ("No matching TCB level", "tdx.7-tcb", "a TCB level that the vendor lists", "firmware older than any listed, or a pre-production CPU"),
     ("Fmspc mismatch", "tdx.7-tcb", "collateral for this FMSPC", ""),
+    ("tcbDate", "tdx.7-tcb", "TCB levels with dates", ""),
     ("TDX module", "tdx.7-tcb", "a TDX module that the vendor lists", ""),
     ("component count", "tdx.7-tcb", "16 TCB components", ""),
     ("TCB info in the collateral", "tdx.7-tcb", "TCB info for TDX", ""),
@@ -79,9 +84,10 @@ _STEPS: Final[tuple[tuple[str, str, str, str], ...]] = (
     ("qe_identity", "tdx.3-collateral", "a QE identity signed by the vendor", ""),
     ("Cert", "tdx.4-chain", "certificates that are valid and unrevoked now", ""),
     ("certificate", "tdx.4-chain", "certificates that are valid and unrevoked now", ""),
-    ("UnknownIssuer", "tdx.4-chain", "a chain to the pinned root", ""),
-    ("InvalidSignatureForPublicKey", "tdx.4-chain", "a chain to the pinned root", ""),
-    ("PCK", "tdx.4-chain", "a PCK certificate", ""),
+    ("certs", "tdx.4-chain", "certificates that parse", ""),
+    ("PCK", "tdx.4-chain", "a PCK certificate with the SGX extension", ""),
+    ("Svn", "tdx.4-chain", "a PCK certificate with the SGX extension", ""),
+    ("Fmspc", "tdx.4-chain", "a PCK certificate with the SGX extension", ""),
 )  # fmt: skip
 
 _AGREE: Final = {
@@ -107,11 +113,10 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
     # (1)
     quote = tdx_format.parse(evidence.quote)
     # (2)
-    root = quote.certificates[-1]
-    tee = choose(KIND, root, PINS, roots, where="tdx.2-root")
+    tee = choose(KIND, quote.certificates[-1], PINS, roots, where="tdx.2-root")
     # (3) - (8)
     collateral = _collateral(endorsements.find(KIND, quote.fmspc(), where="tdx.3-collateral"))
-    report = _dcap(evidence.quote, collateral, root, int(now.timestamp()))
+    report = _dcap(evidence.quote, quote, collateral, now)
     # (9) a difference between two parsers is where an attacker lives
     measurements = quote.measurements()
     _agree(quote, measurements, report)
@@ -138,29 +143,33 @@ def _collateral(data: bytes) -> QuoteCollateralV3:
     return parse_collateral(data)
 
 
-def _dcap(quote: bytes, collateral: QuoteCollateralV3, root: bytes, now: int) -> dict[str, Any]:
+def _dcap(evidence: bytes, quote: tdx_format.Quote, collateral: QuoteCollateralV3, now: datetime) -> dict[str, Any]:
+    """Return dcap-qvl's claims about `evidence`, whose chain ends in a root that we believe."""
+    seconds = int(now.timestamp())
     try:
-        claims = QuoteVerifier(root).verify_with_policy(quote, collateral, now, QuotePolicy.claims_only(now))
+        verifier = QuoteVerifier(quote.certificates[-1])
+        claims = verifier.verify_with_policy(evidence, collateral, seconds, QuotePolicy.claims_only(seconds))
         report: dict[str, Any] = json.loads(claims.to_json())
-    except (
-        ValueError,
-        OverflowError,
-    ) as error:  # every refusal of dcap-qvl is a ValueError; a time before 1970 overflows
-        raise _refused(str(error)) from error
+    except (ValueError, OverflowError) as error:  # all refusals are ValueErrors; a time before 1970 overflows
+        raise _refused(str(error), quote, collateral, now) from error
     return report
 
 
-def _refused(message: str) -> EvidenceError:
+def _refused(message: str, quote: tdx_format.Quote, collateral: QuoteCollateralV3, now: datetime) -> EvidenceError:
     text = message.removeprefix("Verification failed: ")
     where, wanted, hint = "tdx.dcap-qvl", "evidence that dcap-qvl verifies", ""
     for part, *answer in _STEPS:
         if part in text:
             where, wanted, hint = answer
             break
+    found: tuple[str, ...] = (text,)
+    if where == "tdx.4-chain":
+        crls = (collateral.root_ca_crl, collateral.pck_crl)
+        found = chain.findings(quote.certificates, crls, now=now) or found
     return EvidenceError(
         f"the TDX quote is not authentic: {text}",
         code="evidence-not-authentic",
-        reasons=[Reason(where, text, wanted, hint)],
+        reasons=[Reason(where, each, wanted, hint) for each in found],
     )
 
 

@@ -1,0 +1,1 @@
+"""Attestation: evidence in, claims or refusals out. The second specification of the room."""
