@@ -1,0 +1,552 @@
+"""Shall this node get these keys? Pure functions of the request, its evidence, and what the broker knows.
+
+Steps of `release`, in this order; the code of the error is that of the first step that refused, its reasons are those
+of all steps that could be judged:
+
+  1 nonce      issued by this broker, not used before, at most 60 s old            `evidence-stale`
+  2 authentic  attestation.verify: vendor's chain, signature, event log            stops: nothing else is known then
+  3 bound      report data == Binding(purpose, nonce, key, our TLS key, contract, phase, digest of the request)
+  4 software   `mrtd` is an accepted node measurement; an empty list accepts nothing
+  5 workload   exactly one workload event: code digest, sandbox, profile, level
+  6 lease      (renew only) known, live, same key, same workload
+  7 contract   known and active; contract.decide for every asset to read and to write: expiry, signatures, code,
+               sandbox, asset, place
+  8 keys       every asset to read has a key, deposited by its owner or made for an earlier phase
+  9 fresh      a written asset is read at its registered root, never at an older one, and gets the next generation
+
+Steps 2 to 6 are `EvidenceError`, 7 to 9 `DeniedError`; if nothing but signatures is missing, `WaitingError`.
+`answer` and `opened` judge the two requests that need no evidence of their own.
+Budgets are judged here and spent by the store, which re-checks the number in its transaction.
+
+Not checked on purpose: two live leases may write one asset; whoever registers second is refused (store), because
+whether the first node still lives cannot be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from cloister.attestation.appraise import appraise
+from cloister.attestation.binding import Binding, check_binding
+from cloister.attestation.endorsements import Endorsements
+from cloister.attestation.events import Workload, workload_of
+from cloister.attestation.roots import Roots
+from cloister.attestation.types import Claims, Evidence, Policy
+from cloister.attestation.verify import verify
+from cloister.broker import wire
+from cloister.broker.life import State as Life
+from cloister.broker.life import on as state_on
+from cloister.contract.decide import Request, State
+from cloister.contract.decide import decide as decide_contract
+from cloister.contract.model import NOBODY, Contract
+from cloister.errors import CloisterError, DeniedError, EvidenceError, Reason, WaitingError
+
+NONCE_LIFE: Final = timedelta(seconds=60)
+"""notes of RFC 9334 section 10.2: short enough that evidence is of now, long enough for a slow quote (TDX: < 1 s)."""
+OPEN_LIFE: Final = timedelta(hours=24)
+"""Longest validity of an owner's open statement: members of a board need a day to sign the same one."""
+
+
+# --- what the broker knows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """What this broker accepts of nodes: vendor roots, collateral, launch measurements (`mrtd`) of node software."""
+
+    roots: Roots
+    endorsements: Endorsements
+    node_measurements: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A contract that the broker holds: who signed its bytes, where it stands, phases a successor verdict lets run."""
+
+    contract: Contract
+    signed: frozenset[str]
+    state: Life
+    inherited: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Deposit:
+    """A volume key that somebody deposited: his fingerprint, and the version it is for. The key itself is elsewhere."""
+
+    owner: str
+    generation: int
+    volume_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The registered current version of a written asset."""
+
+    digest: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Volume digest -> deposits, and asset -> root of the contract's written assets."""
+
+    deposits: Mapping[str, tuple[Deposit, ...]]
+    roots: Mapping[str, Root]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseFacts:
+    """A lease: who holds it (SHA-256 of its HPKE key), for what, and the newest evidence seen of it.
+
+    `profile` and `claims` are None after the broker restarted, until the lease is renewed.
+    """
+
+    contract: str
+    phase: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    key_hash: bytes
+    code: str
+    sandbox: str
+    level: str
+    expires: datetime
+    profile: bytes | None = None
+    claims: Claims | None = None
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An asset to read: `depositor` is the fingerprint under which its key lies; None: the key of an output."""
+
+    asset: str
+    digest: str
+    generation: int
+    depositor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """An asset to write: the next generation, and the root that it follows."""
+
+    asset: str
+    owner: str
+    generation: int
+    previous: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Everything holds. `expires` and `renew_after` are the lease's times."""
+
+    claims: Claims
+    workload: Workload
+    reads: tuple[Read, ...]
+    writes: tuple[Write, ...]
+    expires: datetime
+    renew_after: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something does not hold: the error for the node, and what of the evidence was authentic, for the log."""
+
+    error: CloisterError
+    claims: Claims | None = None
+    workload: Workload | None = None
+
+
+# --- release and renew ------------------------------------------------------------------------------------------------
+
+
+def release(
+    ask: wire.ReleaseAsk,
+    evidence: Evidence,
+    binding: Binding,
+    *,
+    nonce_issued: datetime | None,
+    known: Known | None,
+    holdings: Holdings,
+    trusted: Trusted,
+    lease: timedelta,
+    now: datetime,
+) -> Grant | Refusal:
+    """Judge a release; `nonce_issued` is None for a nonce that was never issued or was used before.
+
+    Raises:
+        ValueError: `now` has no time zone (a caller's mistake).
+    """
+    extra = () if ask.reads or ask.writes else (Reason("request", "no assets", "at least one asset to read or write"),)
+    return _judge(
+        ask.contract, ask.phase, ask.reads, ask.writes, evidence, binding, nonce_issued, known, holdings, trusted, lease, now,
+        held=None, asked=extra,
+    )  # fmt: skip
+
+
+def renew(
+    held: LeaseFacts | None,
+    evidence: Evidence,
+    binding: Binding,
+    *,
+    nonce_issued: datetime | None,
+    known: Known | None,
+    holdings: Holdings,
+    trusted: Trusted,
+    lease: timedelta,
+    now: datetime,
+) -> Grant | Refusal:
+    """Judge the renewal of `held`: every step of `release` again, and step 6."""
+    if held is None:
+        return Refusal(lease_unknown())
+    return _judge(
+        held.contract, held.phase, held.reads, held.writes, evidence, binding, nonce_issued, known, holdings, trusted, lease, now,
+        held=held, asked=(),
+    )  # fmt: skip
+
+
+def _judge(
+    contract_id: str,
+    phase: str,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    evidence: Evidence,
+    binding: Binding,
+    nonce_issued: datetime | None,
+    known: Known | None,
+    holdings: Holdings,
+    trusted: Trusted,
+    lease: timedelta,
+    now: datetime,
+    *,
+    held: LeaseFacts | None,
+    asked: tuple[Reason, ...],
+) -> Grant | Refusal:
+    if now.tzinfo is None:
+        raise ValueError("`now` has no time zone")
+    stale = nonce_reasons(nonce_issued, now)  # 1
+    try:
+        claims = verify(evidence, trusted.endorsements, trusted.roots, now=now)  # 2
+    except EvidenceError as error:
+        code = "evidence-stale" if stale else error.code
+        return Refusal(EvidenceError(error.message, code=code, reasons=(*stale, *error.reasons), hint=error.hint))
+
+    unacceptable = list(check_binding(claims, binding))  # 3
+    unacceptable += appraise(claims, _software(claims, trusted))  # 4
+    workload: Workload | None = None
+    try:
+        workload = workload_of(claims)  # 5
+    except EvidenceError as error:
+        unacceptable += error.reasons
+    if held is not None:
+        unacceptable += _same_lease(held, binding, workload, now)  # 6
+
+    denied = list(asked)
+    got: tuple[Read, ...] = ()
+    made: tuple[Write, ...] = ()
+    if known is None:  # 7
+        denied.append(
+            Reason(
+                "contract", f"no contract {contract_id}", "a contract that was submitted", "`cloister contract submit`"
+            )
+        )
+    else:
+        denied += _life(known, now)
+        if workload is not None:
+            denied += _contract(known, phase, reads, writes, workload, claims, now)
+        got, read_reasons = _reads(known.contract, reads, holdings)  # 8, 9
+        made, write_reasons = _writes(known.contract, writes, holdings)
+        denied += read_reasons + write_reasons
+
+    refused = _error(stale, _once(unacceptable), _once(denied))
+    if refused is not None or workload is None:
+        return Refusal(refused or _lease_error(Reason("workload", "none", "one")), claims, workload)
+    expires = now + lease
+    return Grant(claims, workload, got, made, expires, now + lease / 2)
+
+
+def nonce_reasons(issued: datetime | None, now: datetime) -> tuple[Reason, ...]:
+    """Step 1."""
+    if issued is None:
+        return (Reason("nonce", "unknown, or used before", "a nonce of this broker, used once", "get a new nonce"),)
+    if not timedelta(0) <= now - issued <= NONCE_LIFE:
+        age = (now - issued).total_seconds()
+        return (Reason("nonce", f"{age:.0f} s old", f"at most {NONCE_LIFE.seconds} s", "get a new nonce"),)
+    return ()
+
+
+def _software(claims: Claims, trusted: Trusted) -> Policy:
+    # only rule 8 of the appraisal is meant here; the contract's place judges the platform (step 7)
+    return Policy(
+        where="node",
+        kind=claims.kind,
+        accept=frozenset({"simulated" if claims.soft else claims.tee}),
+        debug=True,
+        gpu="none",
+        boot=frozenset() if claims.boot is None else frozenset({claims.boot}),
+        scheme=claims.scheme,
+        tcb_statuses=frozenset({claims.tcb_status}) - {""},
+        reference_values={"mrtd": trusted.node_measurements},
+    )
+
+
+def _same_lease(held: LeaseFacts, binding: Binding, workload: Workload | None, now: datetime) -> list[Reason]:
+    reasons = []
+    if now >= held.expires:
+        reasons.append(
+            Reason("lease.expires", f"over since {wire.format_time(held.expires)}", "a live lease", "release again")
+        )
+    if wire.sha256(binding.key) != held.key_hash:
+        reasons.append(Reason("lease.key", "another HPKE key", "the key that the lease was given to"))
+    if workload is not None:
+        for name in ("code", "sandbox", "level", "profile"):
+            found, wanted = getattr(workload, name), getattr(held, name)
+            if wanted is not None and found != wanted:
+                reasons.append(Reason(f"lease.{name}", _show(found), _show(wanted), "start a fresh node"))
+    return reasons
+
+
+def _show(value: str | bytes) -> str:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def _life(known: Known, now: datetime) -> list[Reason]:
+    state = state_on(known.state, expires=known.contract.expires, today=now.astimezone(UTC).date())
+    match state:
+        case Life.REPLACED:
+            return [Reason("contract", "replaced by a newer version", "the active version", "use the newer version")]
+        case Life.REVOKED:
+            return [Reason("contract", "revoked", "an active contract", "its signers have to sign a new version")]
+        case Life.WAITING if known.contract.signers <= known.signed:
+            # signed by its own parties; the version before still has to agree, so contract.decide has nothing to say
+            return [Reason("signatures", "no consent of the version before", "everybody who agrees to changes of it")]
+        case _:
+            return []
+
+
+def _contract(
+    known: Known,
+    phase: str,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    workload: Workload,
+    claims: Claims,
+    now: datetime,
+) -> list[Reason]:
+    state = State(signed=known.signed, inherited=known.inherited)
+    today = now.astimezone(UTC).date()
+    reasons: list[Reason] = []
+    for asset in reads:
+        request = Request(phase, "read", asset, workload.code, workload.sandbox, claims, today=today)
+        reasons += decide_contract(known.contract, request, state).reasons
+    for asset in writes:
+        request = Request(phase, "write", asset, workload.code, workload.sandbox, claims, today=today)
+        reasons += decide_contract(known.contract, request, state).reasons
+    return reasons
+
+
+def _reads(contract: Contract, assets: Sequence[str], holdings: Holdings) -> tuple[tuple[Read, ...], list[Reason]]:
+    found: list[Read] = []
+    reasons: list[Reason] = []
+    for asset in assets:
+        root = holdings.roots.get(asset) if asset in contract.outputs else None
+        if root is not None:  # 9: whatever was sealed first, the newest registered version counts
+            found.append(Read(asset, root.digest, root.generation, None))
+            continue
+        entry = contract.data.get(asset) or contract.code.get(asset)
+        if entry is not None:
+            read, problem = _deposited(contract, asset, entry.owner, entry.digest, holdings)
+            found += [read] if read is not None else []
+            reasons += [problem] if problem is not None else []
+        elif asset in contract.outputs:
+            hint = "run the phase that writes it first"
+            reasons.append(Reason(f"root.{asset}", "no registered version", "one that a phase wrote", hint))
+        elif asset in contract.stream:
+            reasons.append(Reason(f"root.{asset}", "no appended volume", "a volume that its owner appended"))
+        # an asset that the contract does not have is a reason of contract.decide
+    return tuple(found), reasons
+
+
+def _deposited(
+    contract: Contract, asset: str, owner: str, digest: str, holdings: Holdings
+) -> tuple[Read | None, Reason | None]:
+    owners = {contract.party[name]: name for name in sorted(contract.people(owner))}
+    deposits = holdings.deposits.get(digest, ())
+    for deposit in deposits:
+        if deposit.owner in owners:
+            return Read(asset, digest, deposit.generation, deposit.owner), None
+    wanted = f"a key deposited by {owner!r} ({', '.join(sorted(owners)) or 'nobody has a key for it'})"
+    if deposits:
+        hint = "the contract names another owner than the one who sealed it: nothing was released"
+        return None, Reason(f"key.{asset}", "a key that somebody else deposited for this volume", wanted, hint)
+    return None, Reason(f"key.{asset}", f"no key for {digest}", wanted, f"{owner} deposits it with `cloister seal`")
+
+
+def _writes(contract: Contract, assets: Sequence[str], holdings: Holdings) -> tuple[tuple[Write, ...], list[Reason]]:
+    made: list[Write] = []
+    reasons: list[Reason] = []
+    for asset in assets:
+        owner = contract.outputs.get(asset)
+        if owner is None:
+            continue  # a reason of contract.decide
+        root = holdings.roots.get(asset)
+        data = contract.data.get(asset)
+        if root is not None:
+            made.append(Write(asset, owner, root.generation + 1, root.digest))
+        elif data is not None:
+            read, problem = _deposited(contract, asset, data.owner, data.digest, holdings)
+            if read is not None:
+                made.append(Write(asset, owner, read.generation + 1, read.digest))
+            elif problem is not None:
+                reasons.append(problem)
+        else:
+            made.append(Write(asset, owner, 1, None))
+    return tuple(made), reasons
+
+
+def _once(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
+    return tuple(dict.fromkeys(reasons))
+
+
+def _error(
+    stale: tuple[Reason, ...], unacceptable: tuple[Reason, ...], denied: tuple[Reason, ...]
+) -> CloisterError | None:
+    reasons = stale + unacceptable + denied
+    if stale:
+        return EvidenceError("the evidence is not fresh", code="evidence-stale", reasons=reasons, hint=stale[0].hint)
+    if unacceptable:
+        return EvidenceError(
+            f"the evidence was refused: {_count(reasons)}", code="evidence-unacceptable", reasons=reasons
+        )
+    if denied and all(reason.where == "signatures" for reason in denied):
+        return WaitingError(f"the contract is not signed by everybody: {denied[0].hint or denied[0]}", reasons=reasons)
+    if denied:
+        return DeniedError(f"the contract does not allow this: {_count(reasons)}", reasons=reasons)
+    return None
+
+
+def _count(reasons: Sequence[Reason]) -> str:
+    return "1 rule is broken" if len(reasons) == 1 else f"{len(reasons)} rules are broken"
+
+
+def _lease_error(*reasons: Reason) -> DeniedError:
+    return DeniedError("the lease is not good for this", code="lease-refused", reasons=reasons, hint="release again")
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def lease_unknown() -> DeniedError:
+    """The same for a lease that never was and for a message that its secret does not authenticate."""
+    wanted = "a lease of this broker, and a message authenticated by its secret"
+    return _lease_error(Reason("lease", "an unknown lease, or another secret", wanted))
+
+
+def live_lease(held: LeaseFacts, known: Known | None, now: datetime) -> CloisterError | None:
+    """Return why the lease cannot be used to register or answer; None if it can."""
+    reasons = []
+    if now >= held.expires:
+        reasons.append(Reason("lease.expires", f"over since {wire.format_time(held.expires)}", "a live lease"))
+    if known is None:
+        reasons.append(Reason("contract", f"no contract {held.contract}", "the lease's contract"))
+    else:
+        reasons += _life(known, now)
+    return _lease_error(*reasons) if reasons else None
+
+
+def answer(
+    held: LeaseFacts, known: Known, fingerprint: str, *, used: int, used_today: int, now: datetime
+) -> tuple[str, CloisterError | None]:
+    """Return the name of the party with `fingerprint`, and why it gets no answer (None: it gets one).
+
+    `used` and `used_today` count what this consumer got from this phase, in all versions of the contract.
+    """
+    contract = known.contract
+    party = next((name for name, key in contract.party.items() if key == fingerprint), "")
+    if held.claims is None:
+        found = "no evidence since the broker restarted"
+        hint = "renew the lease, then ask for the answer again"
+        return party, _lease_error(Reason("lease.evidence", found, "evidence in this run of the broker", hint))
+    today = now.astimezone(UTC).date()
+    request = Request(held.phase, "answer", "", held.code, held.sandbox, held.claims, party=party, today=today)
+    state = State(signed=known.signed, used=used, used_today=used_today, inherited=known.inherited)
+    decision = decide_contract(contract, request, state)
+    if decision.allowed:
+        return party, None
+    spent = all(reason.where.endswith((".budget", ".per_day")) for reason in decision.reasons)
+    code = "budget-spent" if spent else "denied"
+    message = "the budget of answers is used up" if spent else "the contract does not allow this answer"
+    return party, DeniedError(message, code=code, reasons=decision.reasons)
+
+
+# --- owners open what is theirs ---------------------------------------------------------------------------------------
+
+
+def opened(
+    statement: wire.OpenStatement,
+    signers: Sequence[str],
+    *,
+    broker: bytes,
+    key: bytes,
+    known: Known | None,
+    holdings: Holdings,
+    now: datetime,
+) -> Read | CloisterError:
+    """Judge an owner's request for a key; `signers` are fingerprints whose signatures over `statement` verified.
+
+    A party's asset needs that party. A board's needs `need` members and every member with a veto; a board with a
+    waiting time opens nothing here, because a wait cannot be shown to have passed. `nobody`'s asset opens to nobody.
+    """
+    reasons: list[Reason] = []
+    if statement.broker != wire.sha256(broker):
+        reasons.append(Reason("open.broker", "another broker's key", "this broker's", "attest it again"))
+    if statement.key != wire.sha256(key):
+        reasons.append(Reason("open.key", "another key than the signed one", "the key that the owner signed for"))
+    if not now < statement.expires <= now + OPEN_LIFE:
+        until = wire.format_time(statement.expires)
+        reasons.append(Reason("open.expires", until, "a time within the next 24 hours", "sign a new statement"))
+    if known is None:
+        reasons.append(Reason("contract", f"no contract {statement.contract}", "a contract that was submitted"))
+        return DeniedError("the key is not opened", reasons=reasons)
+    contract = known.contract
+    reasons += _life(known, now)
+    if not contract.signers <= known.signed:
+        missing = ", ".join(sorted(contract.signers - known.signed))
+        reasons.append(Reason("signatures", f"missing {missing}", "all required signers"))
+    try:
+        owner = contract.outputs.get(statement.asset) or contract.owner(statement.asset)
+    except ValueError:
+        reasons.append(Reason("open.asset", repr(statement.asset), "an asset of the contract"))
+        return DeniedError("the key is not opened", reasons=reasons)
+    reasons += _owner_signed(contract, statement.asset, owner, frozenset(signers))
+    got, missing_keys = _reads(contract, (statement.asset,), holdings)
+    reasons += missing_keys
+    if reasons or not got:
+        return DeniedError(f"the key of {statement.asset!r} is not opened", reasons=_once(reasons))
+    return got[0]
+
+
+def _owner_signed(contract: Contract, asset: str, owner: str, signers: frozenset[str]) -> list[Reason]:
+    where = f"open.{asset}.owner"
+    if owner == NOBODY:
+        return [Reason(where, "a request to see it", "nobody", "the contract says that only a later phase may use it")]
+    names = {name for name in contract.people(owner) if contract.party[name] in signers}
+    board = contract.board.get(owner)
+    if board is None:
+        if names:
+            return []
+        return [Reason(where, "a signature of somebody else", f"{owner} ({contract.party[owner]})")]
+    reasons = []
+    if len(names) < board.need:
+        found = ", ".join(sorted(names)) or "nobody"
+        reasons.append(Reason(where, f"{len(names)} votes ({found})", f"{board.need} of {', '.join(board.members)}"))
+    silent = sorted(set(board.veto) - names)
+    if silent:
+        reasons.append(Reason(f"{where}.veto", f"no vote of {', '.join(silent)}", "every member with a veto"))
+    if board.wait:
+        reasons.append(Reason(f"{where}.wait", "a board with a waiting time", "a board without one"))
+    return reasons
