@@ -35,14 +35,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from cloister.contract import model
 from cloister.contract.model import NOBODY, PHASES, Contract, ContractFile
-from cloister.contract.text import Finding, line_index, line_of, text_findings
+from cloister.contract.text import Finding, line_index, line_of, long_key, text_findings
 from cloister.errors import InputError
 
 MAX_BYTES: Final = 64 * 1024
 """Largest contract; the three examples of the language reference have 2 to 3 KiB."""
 
 MAX_FINDINGS: Final = 100
-"""Findings listed in one error; a file with more is not a contract."""
+"""Findings listed in one error; a file with more is not a contract, and unknown names are no longer explained."""
+
+MAX_NAMES: Final = 20
+"""Names listed in one finding."""
+
+MAX_COMPARED: Final = 256
+"""Names that are compared for "did you mean": the comparison takes about 10 us each."""
 
 RESERVED: Final = frozenset(
     {
@@ -94,6 +100,9 @@ def parse(data: bytes, *, name: str) -> Contract:
         line = data.count(b"\n", 0, error.start) + 1
         raise _invalid(name, [Finding("text", f"byte 0x{data[error.start]:02x}", "UTF-8", line=line)]) from None
     findings = list(text_findings(text))
+    endless = long_key(text)
+    if endless is not None:
+        raise _invalid(name, [*findings, endless])
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -363,7 +372,7 @@ class _Draft:
 
     def _known(self, path: Path, name: str, declared: Iterable[str], what: str) -> None:
         names = tuple(dict.fromkeys(declared))
-        if name not in names:
+        if name not in names and len(self.findings) < MAX_FINDINGS:
             listed = f" ({_or(names)})" if names else ""
             self.refuse(path, repr(name), f"{what}{listed}", _did_you_mean(name, names))
 
@@ -431,13 +440,15 @@ def _plain(expected: str) -> str:
 
 
 def _or(names: Iterable[str]) -> str:
-    return ", ".join(names) or "nothing"
+    every = list(names)
+    more = f" and {len(every) - MAX_NAMES} more" if len(every) > MAX_NAMES else ""
+    return ", ".join(every[:MAX_NAMES]) + more or "nothing"
 
 
 def _did_you_mean(found: object, names: Iterable[str]) -> str:
     if not isinstance(found, str) or len(found) > 60:
         return ""
-    close = get_close_matches(found, list(names), n=1, cutoff=0.6)
+    close = get_close_matches(found, list(names)[:MAX_COMPARED], n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else ""
 
 

@@ -27,7 +27,7 @@ def schema_text() -> str:
 
 
 def _for_toml(node: Any) -> Any:
-    """Drop what TOML cannot say: null, and defaults in pydantic's own notation; and titles that repeat the key."""
+    """Drop what TOML cannot say: null, and defaults in pydantic's own notation; and titles that repeat the key; close open tables."""
     if isinstance(node, list):
         return [_for_toml(item) for item in node]
     if not isinstance(node, dict):
@@ -41,4 +41,6 @@ def _for_toml(node: Any) -> Any:
         del node["title"]
     if node.get("default") is None or "pattern" in node:
         node.pop("default", None)
+    if "patternProperties" in node:  # names of another form are unknown keys
+        node["additionalProperties"] = False
     return {key: _for_toml(value) for key, value in node.items()}

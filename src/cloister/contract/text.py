@@ -31,6 +31,11 @@ _INLINE: Final = re.compile(rf"[{{,]\s*({_KEY})\s*=")
 _PART: Final = re.compile(_KEY)
 
 
+MAX_DOTS: Final = 64
+"""Dots outside comments on one line. `tomllib` takes quadratic time for long dotted keys (22 s for 64 KiB of `a.`); the
+language nests four tables deep, and no accepted value holds a dot."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding(Reason):
     """A `Reason` in a file: `line` counts from 1, 0 if unknown."""
@@ -63,6 +68,15 @@ def text_findings(text: str) -> Iterator[Finding]:
             yield Finding("text", found, "ASCII outside comments", line=number)
         if "\\" in code:
             yield Finding("text", "a backslash", "plain characters, no escapes", line=number)
+
+
+def long_key(text: str) -> Finding | None:
+    """Return a finding for the first line with more dots than a contract can have; such a text is not parsed at all."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        dots = line.partition("#")[0].count(".")
+        if dots > MAX_DOTS:
+            return Finding("toml", f"a key of {dots + 1} parts", "tables nested at most four deep", line=number)
+    return None
 
 
 def line_index(text: str) -> Mapping[tuple[str, ...], int]:
