@@ -228,4 +228,8 @@ def verify_consistency(
             f"root {old_root.hex()[:16]}…, which {who} saw",
         )
     if after != root:
-        raise _tampered("consistency", f"root {after.hex()[:16]}… from the proof", f"root {root.hex()[:16]}…")
+        raise _tampered(
+            "consistency",
+            f"root {after.hex()[:16]}… at size {size} from the proof: history differs, or the proof is another's",
+            f"root {root.hex()[:16]}…",
+        )
