@@ -187,8 +187,10 @@ def growing(target: Path, disk: Disk, mark: str = SEALING) -> Iterator[Path]:
     finally:
         # After an exchange the old volume is here; after a failure the unfinished one. A failure to remove it is
         # no failure of the seal: the next one tries again.
-        with suppress(OSError):
-            if temporary.exists():
-                disk.remove(temporary)
-        if descriptor is not None:
-            os.close(descriptor)
+        try:
+            with suppress(OSError):
+                if temporary.exists():
+                    disk.remove(temporary)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)

@@ -28,7 +28,7 @@ from typing import Final
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cloister.crypto.keys import KEY_BYTES, Secret
-from cloister.errors import InputError, Reason
+from cloister.errors import InputError, MachineError, Reason
 from cloister.volume import format as fmt
 from cloister.volume import keys, layout, names
 from cloister.volume.disk import Disk, growing, writing
@@ -135,9 +135,19 @@ class Sealer:
                 self.disk.exchange(folder, target)
             else:
                 self.disk.name(folder, target)
-            self.disk.sync_folder(target.parent)
+            self._confirm(target)
         files = [size for kind, size in zip(seen.tree.kind, seen.tree.size, strict=True) if kind == Kind.FILE]
         return Sealed(head.digest, generation, head.volume_id, len(files), sum(files))
+
+    def _confirm(self, target: Path) -> None:
+        """Make the new name durable. It is visible by now, so a failure here must not say that nothing was changed."""
+        try:
+            self.disk.sync_folder(target.parent)
+        except OSError as error:
+            raise MachineError(
+                f"{target} is complete, but the disk did not confirm its name: {os.strerror(error.errno or 0)}",
+                hint="look after the disk, then verify the volume",
+            ) from error
 
 
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:

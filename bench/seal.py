@@ -1,0 +1,105 @@
+"""How fast is sealing, compared with `cp` of the same files on the same core into the page cache?
+
+    python bench/seal.py [--rounds 5] [--size-mb 1024] [--files 20000] [--cores 1] [--folder /dev/shm] [--json]
+
+A is `cp -r`, B `seal` without leaves, C `seal` with leaves (the default); they take turns, so that a noisy neighbour hits all of
+them, and each figure is a ratio of medians, t(cp) / t(seal): 1 means as fast as `cp`. Sources are one file of random bytes, and a
+tree of files in 200 folders with log-normal sizes (mean 32 KiB). Everything lies in memory (tmpfs): no disk is measured,
+and fsync costs nothing. Caveat: the first use of a page of a virtual machine is slow on some hosts, which flatters `seal`;
+a first, unmeasured round takes most of that away. Needs about three times --size-mb of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cloister.crypto.keys import Secret
+from cloister.volume.seal import seal
+
+TARGET = 0.5
+FOLDERS = 200
+MEAN_BYTES = 32 * 1024
+
+
+def make_big(path: Path, size: int) -> None:
+    path.mkdir()
+    with open(path / "weights.bin", "wb") as file:
+        for _ in range(size >> 20):
+            file.write(os.urandom(1 << 20))
+
+
+def make_tree(path: Path, files: int) -> None:
+    draw, blob = random.Random(1), os.urandom(1 << 22)
+    path.mkdir()
+    for index in range(files):
+        folder = path / f"{index % FOLDERS:03d}"
+        folder.mkdir(exist_ok=True)
+        size = min(int(draw.lognormvariate(math.log(MEAN_BYTES) - 0.5, 1)), len(blob) - 4096)
+        start = draw.randrange(4096)
+        (folder / f"{index:06d}.bin").write_bytes(blob[start : start + size])
+
+
+def seconds(run: Callable[[Path], object], target: Path) -> float:
+    start = time.perf_counter()
+    run(target)
+    spent = time.perf_counter() - start
+    shutil.rmtree(target)
+    return spent
+
+
+def compare(source: Path, target: Path, rounds: int) -> dict[str, float]:
+    """Median seconds of each side over alternating rounds."""
+    key = Secret.random()
+    sides: dict[str, Callable[[Path], object]] = {
+        "cp": lambda to: subprocess.run(["cp", "-r", str(source), str(to)], check=True),
+        "plain": lambda to: seal(source, to, key=key, audited=False),
+        "leaves": lambda to: seal(source, to, key=key, audited=True),
+    }
+    spent: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for side, run in sides.items():
+            once = seconds(run, target)
+            if number:
+                spent[side].append(once)
+    return {side: statistics.median(times) for side, times in spent.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="seal against cp")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size-mb", type=int, default=1024)
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--json", action="store_true", help="one line per figure: {figure, value, target}")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+        make_big(Path(place, "big"), arguments.size_mb << 20)
+        make_tree(Path(place, "tree"), arguments.files)
+        for source in ("big", "tree"):
+            median = compare(Path(place, source), Path(place, "out"), arguments.rounds)
+            for side in ("plain", "leaves"):
+                value = round(median["cp"] / median[side], 3)
+                figure = f"seal.{source}.{side}.{arguments.cores}core"
+                if arguments.json:
+                    print(json.dumps({"figure": figure, "value": value, "target": TARGET}))
+                else:
+                    print(
+                        f"{figure}: {value:.2f} of cp ({median[side]:.3f} s, cp {median['cp']:.3f} s), target {TARGET}"
+                    )
+
+
+if __name__ == "__main__":
+    main()
