@@ -63,6 +63,9 @@ class FakeVolume:
                 raise self.bad[number]
         into[:] = memoryview(self.space)[offset : offset + size]
 
+    def descriptors(self) -> tuple[int, ...]:
+        return ()
+
     def read(self, offset: int, size: int) -> bytes:
         data = bytearray(size)
         self.read_into(offset, memoryview(data))

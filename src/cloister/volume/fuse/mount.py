@@ -7,6 +7,7 @@ no key outside the caller. What readers see in every failure is in docs/mount.md
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import select
@@ -18,7 +19,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self, runtime_checkable
 
 from cloister.errors import InputError, MachineError, Reason
 from cloister.volume.fuse import linux
@@ -152,6 +153,15 @@ class Mount:
         return f"Mount(at={str(self.at)!r}, {state})"
 
 
+@runtime_checkable
+class NamesDescriptors(Protocol):
+    """A volume that says which descriptors it reads from; the workers close all others."""
+
+    def descriptors(self) -> Collection[int]:
+        """Descriptors that must stay open as long as the volume is read."""
+        ...
+
+
 def mount(
     volume: Volume,
     at: Path,
@@ -160,13 +170,12 @@ def mount(
     gid: int | None = None,
     allow_other: bool = True,
     workers: int = 1,
-    keep_fds: Collection[int] = (),
     device: Path = DEVICE,
 ) -> Mount:
     """Mount `volume` read-only at the directory `at`, in the current mount namespace.
 
     `uid` and `gid` own every file (default: the caller). `allow_other`: processes of other users may read, too. `workers`: serving
-    processes. `keep_fds`: descriptors that the volume reads from; the workers close all others. `device`: the FUSE device.
+    processes. `device`: the FUSE device.
 
     The workers inherit the opened volume, keys included; the caller may drop its own afterwards.
 
@@ -194,7 +203,9 @@ def mount(
             theirs.setblocking(False)
             try:
                 post = Post(fd, device, theirs.fileno(), os.getpid(), at, mount_device, workers, session.can_resend)
-                pid = _fork_supervisor(post, lambda report: Server(volume, uid=uid, gid=gid, report=report), keep_fds)
+                pid = _fork_supervisor(
+                    post, lambda report: Server(volume, uid=uid, gid=gid, report=report), _descriptors(volume)
+                )
             finally:
                 theirs.close()
         except BaseException:
@@ -203,6 +214,20 @@ def mount(
     finally:
         os.close(fd)
     return Mount(at, pid, ours, session, _raise_read_ahead(mount_device))
+
+
+def _descriptors(volume: Volume) -> set[int]:
+    """What the volume reads from, if it says so; else every regular file and folder that is open for reading only."""
+    if isinstance(volume, NamesDescriptors):
+        return set(volume.descriptors())
+    found = set()
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        with suppress(OSError):  # the descriptor of the listing itself
+            mode = os.fstat(fd).st_mode
+            reads_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            if reads_only and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                found.add(fd)
+    return found
 
 
 def _fork_supervisor(post: Post, server_for: Callable[[Callable[[Fault], None]], Server], keep: Collection[int]) -> int:

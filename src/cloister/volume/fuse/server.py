@@ -9,7 +9,7 @@ Rules:
   4 a READ decrypts whole chunks into one buffer and sends a slice of it: no copy, no allocation of payload;
   5 a chunk that fails authentication makes the READ fail with EIO and nothing else. Never a short answer: the kernel would
     take it for the end of the file. The kernel then asks again page by page, so exactly the pages that overlap a
-    failing chunk stay unreadable;
+    failing chunk stay unreadable. A chunk that failed authentication once is not tried again before the next mount;
   6 bytes that are no request end the worker (`MalformedRequestError`); a body that does not fit its opcode gets EINVAL.
 """
 
@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from cloister.errors import TamperedError
+from cloister.errors import CloisterError, TamperedError
 from cloister.volume.fuse import protocol as p
 from cloister.volume.types import Kind, Tree, Volume
 
-_TYPE: Final = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
+_TYPE: Final[dict[int, int]] = {Kind.FILE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR, Kind.SYMLINK: stat.S_IFLNK}
 _READ: Final = int(p.Opcode.READ)
+_IOCTL: Final = int(p.Opcode.IOCTL)
 _SILENT: Final = frozenset({p.Opcode.FORGET, p.Opcode.BATCH_FORGET, p.Opcode.INTERRUPT})
 _DONE: Final = frozenset({p.Opcode.RELEASE, p.Opcode.RELEASEDIR, p.Opcode.DESTROY})
 # SETATTR SYMLINK MKNOD MKDIR UNLINK RMDIR RENAME LINK WRITE SETXATTR REMOVEXATTR CREATE FALLOCATE RENAME2 TMPFILE:
@@ -76,6 +77,7 @@ class Server:
         self._uid, self._gid = uid, gid
         self._report = report
         self._reported: set[tuple[int, int]] = set()
+        self._tampered: set[int] = set()  # numbers of chunks
         self._subdirs = _count_subdirectories(self._tree)
         self._children = lru_cache(maxsize=1024)(self._tree.children)
         # Whole chunks of the plaintext [_from, _to) lie at the start of _window. Two chunks more than the longest READ.
@@ -122,11 +124,16 @@ class Server:
         Raises:
             MalformedRequestError: `data` is no FUSE request at all.
         """
-        if len(data) >= 80:  # the only request that is worth a shortcut: READ, header 40 + body 40
+        # Two requests are worth a shortcut: READ (header 40 + body 40), and the IOCTL of isatty(), which Python sends at every open().
+        if len(data) >= 72:
             length, opcode, unique, nodeid, *_ = p.IN_HEADER.unpack_from(data)
-            if opcode == _READ and length == len(data):
-                _, offset, size = p.READ_IN.unpack_from(data, 40)
-                return self._answer_read(unique, nodeid - 1, offset, size)
+            if length == len(data):
+                if opcode == _READ and length >= 80:
+                    _, offset, size = p.READ_IN.unpack_from(data, 40)
+                    return self._answer_read(unique, nodeid - 1, offset, size)
+                if opcode == _IOCTL:
+                    p.OUT_HEADER.pack_into(self._header, 0, 16, -errno.ENOTTY, unique)
+                    return (self._header,)
         request = p.parse_request(data)
         opcode, unique = request.opcode, request.unique
         if opcode in _SILENT:
@@ -143,7 +150,7 @@ class Server:
         """The body of an answer. Raises OSError with the errno to send."""
         if opcode == p.Opcode.STATFS:
             return p.statfs(data_bytes=self._data_len, files=self._nodes)
-        if opcode == p.Opcode.IOCTL:  # isatty(): Python asks at every open()
+        if opcode == p.Opcode.IOCTL:
             raise OSError(errno.ENOTTY, "")
         if opcode in _DONE:
             return b""
@@ -178,7 +185,7 @@ class Server:
     def _attr(self, index: int) -> tuple[int, ...]:
         """`struct fuse_attr` of one node. Readable by all, executable if the owner said so, writable by nobody."""
         tree = self._tree
-        kind = Kind(tree.kind[index])
+        kind = tree.kind[index]
         size = tree.size[index]
         if kind == Kind.FILE:
             mode, nlink = 0o555 if tree.mode[index] & 0o111 else 0o444, 1
@@ -229,7 +236,7 @@ class Server:
                 break
             if plus:  # `.` and `..` carry no entry: nodeid 0 tells the kernel to look nothing up
                 parts.append(self._entry(index) if cookie >= 2 else bytes(_PLUS))
-            parts.append(p.dirent(index + 1, cookie + 1, _TYPE[Kind(tree.kind[index])] >> 12, name))
+            parts.append(p.dirent(index + 1, cookie + 1, _TYPE[tree.kind[index]] >> 12, name))
         return b"".join(parts)
 
     def _answer_read(self, unique: int, index: int, offset: int, size: int) -> Parts:
@@ -245,10 +252,18 @@ class Server:
         if start < self._from or stop > self._to:
             chunk = self._chunk
             first, last = start - start % chunk, stop + -stop % chunk
+            if self._tampered and not self._tampered.isdisjoint(range(first // chunk, last // chunk)):
+                self._explain(index, first, last)
+                return (p.error_reply(unique, errno.EIO),)
+            # Sequential readers come back for the chunk in which they stopped: it is moved, not decrypted again.
+            window, kept = self._window, 0
+            if self._from <= first < self._to < last:
+                kept = self._to - first
+                window[:kept] = window[first - self._from : self._to - self._from]
             self._from = self._to = 0  # the window holds nothing until it is whole
             try:
-                self._read_into(first, self._window[: last - first])
-            except (TamperedError, OSError):
+                self._read_into(first + kept, window[kept : last - first])
+            except (CloisterError, OSError):
                 self._explain(index, first, last)
                 return (p.error_reply(unique, errno.EIO),)
             self._from, self._to = first, last
@@ -257,25 +272,34 @@ class Server:
         return (self._header, self._window[begin : begin + size])
 
     def _explain(self, index: int, first: int, last: int) -> None:
-        """Find which chunks of a failed read are at fault, and report each once."""
+        """Find which chunks of a failed read are at fault, and report each once per file."""
         for start in range(first, last, self._chunk):
-            key = (index, start // self._chunk)
-            if key in self._reported or len(self._reported) >= _MAX_FAULTS:
+            number = start // self._chunk
+            if (index, number) in self._reported or len(self._reported) >= _MAX_FAULTS:
                 continue
-            try:
-                self._read_into(start, self._window[: self._chunk])
-            except TamperedError:
-                kind = "tampered"
-            except OSError:
-                kind = "unreadable"
-            else:
+            kind = self._fault_of(number)
+            if not kind:
                 continue
-            self._reported.add(key)
+            self._reported.add((index, number))
             if self._report is not None:
                 begin = max(start - self._data_off[index], 0)
                 end = min(start + self._chunk - self._data_off[index], self._size[index])
                 path = self._tree.path(index).decode("utf-8", "surrogateescape")
-                self._report(Fault(path, begin, end - begin, key[1], kind))
+                self._report(Fault(path, begin, end - begin, number, kind))
+
+    def _fault_of(self, number: int) -> str:
+        """`tampered`, `unreadable`, or nothing if the chunk can be read (now)."""
+        if number in self._tampered:
+            return "tampered"
+        self._from = self._to = 0
+        try:
+            self._read_into(number * self._chunk, self._window[: self._chunk])
+        except TamperedError:
+            self._tampered.add(number)
+            return "tampered"
+        except (CloisterError, OSError):
+            return "unreadable"
+        return ""
 
 
 def _private_pages(size: int) -> mmap.mmap:
