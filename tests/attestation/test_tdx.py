@@ -24,6 +24,7 @@ from cloister.attestation.roots import Roots
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.tdx import collateral as tdx_collateral
 from cloister.attestation.tdx import format as tdx_format
+from cloister.attestation.tdx import verify as verify_module
 from cloister.attestation.tdx.roots import INTEL_SGX_ROOT_CA, SOFT_ROOT
 from cloister.attestation.types import Claims, Evidence
 from cloister.attestation.verify import VERIFIERS, verify
@@ -302,6 +303,51 @@ def test_every_status_but_revoked_is_a_claim_with_its_advisories() -> None:
         for advisory in claims.advisories:
             found = appraise(claims, soft_policy(deny_advisories=frozenset({advisory})))
             assert "place.enclave.deny_advisories" in [reason.where for reason in found]
+
+
+# --- what would hold if dcap-qvl or our parser failed ------------------------------------------------------------------
+
+
+def test_two_parsers_that_disagree_are_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our parser reads another MRTD and other report data than dcap-qvl: nothing of it becomes a claim."""
+    real = tdx_format.parse
+    for field in (tdx_format.FIELDS["mrtd"][0], tdx_format.FIELDS["tdattributes"][0] + 7, 520):
+
+        def differs(data: bytes, field: int = field) -> tdx_format.Quote:
+            quote = real(data)
+            report = bytearray(quote.report)
+            report[field] ^= 0x80
+            return replace(quote, report=bytes(report))
+
+        monkeypatch.setattr(tdx_format, "parse", differs)
+        refused(SoftPlatform(), "tdx.9-agree", code="evidence-malformed")
+
+
+def test_the_debug_bit_is_read_again_by_our_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dcap-qvl that let debug pass would still give claims that every policy refuses."""
+    report = verify_module._dcap(
+        SoftPlatform().evidence().quote,
+        tdx_format.parse(SoftPlatform().evidence().quote),
+        tdx_collateral.parse(SoftPlatform().endorsements.items[0].data),
+        NOW,
+    )
+    report["report"]["TD10"]["td_attributes"] = "0100001000000000"
+    monkeypatch.setattr(verify_module, "_dcap", lambda *_: report)
+    claims = SoftPlatform(debug=True).claims()
+    assert claims.debug
+    assert [reason.where for reason in appraise(claims, soft_policy())] == ["place.enclave.debug"]
+
+
+def test_a_sentence_that_dcap_qvl_never_said_is_still_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd:
+        def __init__(self, root: bytes) -> None: ...
+
+        def verify_with_policy(self, *_: object) -> object:
+            raise ValueError("Verification failed: something new")
+
+    monkeypatch.setattr(verify_module, "QuoteVerifier", Odd)
+    error = refused(SoftPlatform(), "tdx.dcap-qvl")
+    assert error.reasons[0].found == "something new"
 
 
 # --- events -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from cloister.errors import EvidenceError, InputError
 
 
 def soft_collateral(now: datetime) -> Endorsements:
-    """Return collateral for every soft TEE that is valid at `now`: from the midnight (UTC) before yesterday for 30 days.
+    """Return collateral for every soft TEE that is valid at `now`: 30 days from the beginning of yesterday (UTC).
 
     It protects nothing. A service that runs longer than a day calls this again; the same day gives the same object.
 
