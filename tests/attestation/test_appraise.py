@@ -143,6 +143,14 @@ def test_attested_host_is_judged_by_its_boot_state() -> None:
     assert "place.gpu-host.kind" in rules(GOOD, policy)
 
 
+def test_a_soft_host_is_refused_unless_simulated_is_named() -> None:
+    soft = Claims(kind="attested-host", tee="soft-tpm", debug=False, boot="sha256:a")
+    policy = Policy("place.gpu-host", "attested-host", boot=frozenset({"sha256:a"}))
+    assert rules(soft, policy) == ["place.gpu-host.accept"]
+    assert rules(soft, replace(policy, accept=frozenset({"tpm", "soft-tpm"}))) == ["place.gpu-host.accept"]
+    assert rules(soft, replace(policy, accept=frozenset({"simulated"}))) == []
+
+
 def test_he_place_judges_only_kind_and_scheme() -> None:
     outside = Claims(kind="he", tee="", scheme="ckks-128")  # debug is True, status is empty: nobody trusts the machine
     policy = Policy("place.cipher", "he", scheme="ckks-128", gpu="confidential", min_tcb=(2026, 8))
@@ -161,7 +169,7 @@ def test_a_he_place_never_passes_for_a_tee() -> None:
 _CLAIMS = st.builds(
     Claims,
     kind=st.sampled_from(["tee", "attested-host", "he"]),
-    tee=st.sampled_from(["tdx", "sev-snp", "soft-tdx", "simulated", ""]),
+    tee=st.sampled_from(["tdx", "sev-snp", "soft-tdx", "soft-tpm", "simulated", ""]),
     debug=st.booleans(),
     tcb_status=st.sampled_from(["UpToDate", "SWHardeningNeeded", "OutOfDate", "Revoked", ""]),
     tcb_date=st.one_of(st.none(), st.dates(date(2020, 1, 1), date(2030, 12, 31))),
@@ -191,3 +199,9 @@ def test_what_is_accepted_in_a_tee_is_never_debug_never_soft_unasked_never_of_un
     assert claims.tcb_status in {"UpToDate", "SWHardeningNeeded"}
     assert claims.soft == ("simulated" in policy.accept and claims.tee not in policy.accept - {"soft-tdx"})
     assert policy.accept
+
+
+@given(_CLAIMS, _POLICIES)
+def test_no_place_with_hardware_takes_soft_evidence_unasked(claims: Claims, policy: Policy) -> None:
+    if claims.soft and policy.kind != "he" and "simulated" not in policy.accept:
+        assert "p.accept" in [reason.where for reason in appraise(claims, policy)]

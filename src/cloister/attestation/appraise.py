@@ -10,7 +10,7 @@ Rules, in this order; every violation is reported, each under `<policy.where>.<r
   7 scheme            the parameters of homomorphic encryption
   8 reference_values  each named measurement is among the accepted values
 Place kinds differ in what they have: `tee` has no rule 6 unless the policy lists boot values; `attested-host` has boot
-values instead of a TEE type and a TCB; of `he` only kind and scheme are judged, because it holds no key and no
+values instead of a TEE type and a TCB, and refuses soft evidence without `simulated` like every place; of `he` only kind and scheme are judged, because it holds no key and no
 hardware is trusted.
 Authenticity (signatures, chains, revocation, time) is `verify`'s job, freshness and identity are `check_binding`'s.
 
@@ -29,6 +29,8 @@ SIMULATED: Final = "simulated"
 """The word in `Policy.accept` that admits every soft TEE."""
 
 _UPDATE: Final = "update the platform's firmware and microcode, then attest again"
+
+_SOFT: Final = "software evidence protects nothing: use real hardware"
 
 
 class _Refuse(Protocol):
@@ -55,6 +57,9 @@ def appraise(claims: Claims, policy: Policy) -> tuple[Reason, ...]:
     if policy.kind == "tee":
         _tee_type(claims, policy, refuse)
         _tcb(claims, policy, refuse)
+    elif on_hardware and claims.soft and SIMULATED not in policy.accept:
+        # (3) an attested host has no list of types, and still software is let in by its word only
+        refuse("accept", claims.tee, "hardware", _SOFT)
 
     # (5)
     if on_hardware and policy.gpu == "confidential" and claims.gpu != "confidential":
@@ -89,8 +94,7 @@ def _tee_type(claims: Claims, policy: Policy, refuse: _Refuse) -> None:
     # (3) soft and real never stand for each other, whatever the list says
     accepted = SIMULATED in policy.accept if claims.soft else claims.tee in policy.accept - {SIMULATED}
     if not accepted or not claims.tee:
-        hint = "software evidence protects nothing: use real hardware" if claims.soft else ""
-        refuse("accept", claims.tee or "no TEE", _list(policy.accept), hint)
+        refuse("accept", claims.tee or "no TEE", _list(policy.accept), _SOFT if claims.soft else "")
 
 
 def _tcb(claims: Claims, policy: Policy, refuse: _Refuse) -> None:
