@@ -14,7 +14,8 @@ of all steps that could be judged:
   8 keys       every asset to read has a key, deposited by its owner or made for an earlier phase
   9 fresh      a written asset is read at its registered root, never at an older one, and gets the next generation
 
-Steps 2 to 6 are `EvidenceError`, 7 to 9 `DeniedError`; if nothing but signatures is missing, `WaitingError`.
+Steps 1 to 5 are `EvidenceError`; 6 to 9 are `DeniedError`, with code `lease-refused` if step 6 refused; if nothing but
+signatures is missing, `WaitingError`.
 `answer` and `opened` judge the two requests that need no evidence of their own.
 Budgets are judged here and spent by the store, which re-checks the number in its transaction.
 
@@ -242,10 +243,9 @@ def _judge(
         workload = workload_of(claims)  # 5
     except EvidenceError as error:
         unacceptable += error.reasons
-    if held is not None:
-        unacceptable += _same_lease(held, binding, workload, now)  # 6
-
     denied = list(asked)
+    if held is not None:
+        denied += _same_lease(held, binding, workload, now)  # 6
     got: tuple[Read, ...] = ()
     made: tuple[Write, ...] = ()
     if known is None:  # 7
@@ -424,6 +424,8 @@ def _error(
         )
     if denied and all(reason.where == "signatures" for reason in denied):
         return WaitingError(f"the contract is not signed by everybody: {denied[0].hint or denied[0]}", reasons=reasons)
+    if denied and denied[0].where.startswith("lease."):
+        return _lease_error(*denied)
     if denied:
         return DeniedError(f"the contract does not allow this: {_count(reasons)}", reasons=reasons)
     return None

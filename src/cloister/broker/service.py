@@ -78,7 +78,7 @@ def make_identity(now: datetime) -> TlsIdentity:
 
 
 @contextmanager
-def _in_memory(data: bytes) -> Iterator[str]:
+def in_memory(data: bytes) -> Iterator[str]:
     """Yield a path under /proc from which OpenSSL reads `data`; it exists in memory, inside the block only."""
     descriptor = os.memfd_create("cloister-tls", os.MFD_CLOEXEC)
     try:
@@ -316,7 +316,7 @@ class Server(uvicorn.Server):
 
 def make_server(app: Starlette, identity: TlsIdentity, ready: Callable[[], None]) -> Server:
     """Return a server for `app`; run it with `await server.serve(sockets=[...])`."""
-    with _in_memory(identity.pem) as path:
+    with in_memory(identity.pem) as path:
         config = uvicorn.Config(
             app,
             loop="none",
