@@ -53,13 +53,13 @@ def appraise(claims: Claims, policy: Policy) -> tuple[Reason, ...]:
     # (2)
     if claims.kind != policy.kind:
         refuse("kind", claims.kind, policy.kind)
+    elif policy.kind == "attested-host" and claims.soft and SIMULATED not in policy.accept:
+        # a host has no list of types, and still software is let in by its word only
+        refuse("kind", claims.tee, "hardware", _SOFT)
 
     if policy.kind == "tee":
         _tee_type(claims, policy, refuse)
         _tcb(claims, policy, refuse)
-    elif on_hardware and claims.soft and SIMULATED not in policy.accept:
-        # (3) an attested host has no list of types, and still software is let in by its word only
-        refuse("accept", claims.tee, "hardware", _SOFT)
 
     # (5)
     if on_hardware and policy.gpu == "confidential" and claims.gpu != "confidential":
