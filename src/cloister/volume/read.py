@@ -10,7 +10,7 @@ Steps 1 to 4 fail with `volume-tampered`, step 5 with `volume-stale`. Each recor
 ours: stored bytes may change at any time, and a file that shrinks is an error, never a signal (no mmap).
 
 With `audit`, a record must also match its leaf: then not even somebody who knows the key can serve other bytes under
-this name. Without it, reading is 4x faster and safe against everybody who does not know the key.
+this name. Without it, reading is 3x faster and safe against everybody who does not know the key.
 """
 
 from __future__ import annotations
