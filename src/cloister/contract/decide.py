@@ -165,7 +165,7 @@ def _place(
         policy = replace(policy, reference_values=_both(policy.reference_values, reference_values))
     found = appraise(request.claims, policy)
     # an attested-host place has no `accept` list, so nothing there can name `simulated`
-    if policy.kind != "tee" and request.claims.soft:
+    if policy.kind == "he" and request.claims.soft:
         reasons.append(Reason(f"{policy.where}.kind", request.claims.tee, "hardware: soft evidence protects nothing"))
     reasons.extend(found)
 
