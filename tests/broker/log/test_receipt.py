@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,44 +35,42 @@ def test_any_spelling_of_the_json_is_read() -> None:
     assert parse_receipt(pretty) == receipt
 
 
-def third_party(data: bytes, vkey: str) -> dict[str, Any]:
-    """The verifier of docs/format/log.md: only the standard library and Ed25519."""
-    receipt = json.loads(data)
-    leaf = json.dumps(receipt["leaf"], sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    name, key_id, key = vkey.split("+", 2)
-    text, _, lines = receipt["checkpoint"].rpartition("\n\n")
-    text += "\n"
-    for line in lines.splitlines():
-        raw = base64.b64decode(line.split(" ")[2])
-        if line.split(" ")[1] == name and raw[:4].hex() == key_id:
-            Ed25519PublicKey.from_public_bytes(base64.b64decode(key)[1:]).verify(raw[4:], text.encode())
-            break
-    else:
-        raise ValueError("not signed by this log")
-    origin, size, root = text.splitlines()
-    index, last = receipt["index"], int(size) - 1
-    value = hashlib.sha256(b"\x00" + leaf).digest()
-    for step in map(base64.b64decode, receipt["proof"]):
-        if index % 2 or index == last:
-            value = hashlib.sha256(b"\x01" + step + value).digest()
-            while index % 2 == 0 and index:
-                index, last = index // 2, last // 2
-        else:
-            value = hashlib.sha256(b"\x01" + value + step).digest()
-        index, last = index // 2, last // 2
-    if last or value != base64.b64decode(root) or origin != name or int(size) != receipt["size"]:
-        raise ValueError("not in the log")
-    return dict(receipt["leaf"])
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "format" / "log.md"
 
 
-def test_a_third_party_verifies_with_thirty_lines() -> None:
+def third_party(data: bytes, vkey: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the verifier that docs/format/log.md prints: only the standard library and Ed25519."""
+    program = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    path = folder / "receipt.json"
+    path.write_bytes(data)
+    monkeypatch.setattr("sys.argv", ["verify.py", str(path), vkey])
+    exec(compile(program, "verify.py", "exec"), {})
+
+
+def test_a_third_party_verifies_with_the_lines_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for index in range(SIZE):
-        data = receipt_of(STORY, index).encode()
-        assert third_party(data, str(LOG.verifier)) == STORY[index].as_json()
-    with pytest.raises(ValueError, match="not signed"):
-        third_party(data, str(OTHER.verifier))
-    with pytest.raises(ValueError, match="not in the log"):
-        third_party(receipt_of(STORY, 2).encode().replace(b'"index":2', b'"index":3'), str(LOG.verifier))
+        third_party(receipt_of(STORY, index).encode(), str(LOG.verifier), tmp_path, monkeypatch)
+        assert json.loads(capsys.readouterr().out) == STORY[index].as_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "word"),
+    [
+        ((b'"v":1', b'"v":1'), str(OTHER.verifier), "not signed"),
+        ((b'"index":2', b'"index":3'), str(LOG.verifier), "not in the log"),
+        ((b'"version":1', b'"version":2'), str(LOG.verifier), "not in the log"),
+        ((b'"size":16', b'"size":17'), str(LOG.verifier), "not in the log"),
+    ],
+)
+def test_the_lines_of_the_page_refuse(
+    change: tuple[bytes, bytes], key: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = receipt_of(STORY, 2).encode()
+    assert change[0] in data
+    with pytest.raises(SystemExit, match=word):
+        third_party(data.replace(*change), key, tmp_path, monkeypatch)
 
 
 GOOD = receipt_of(STORY, 7)

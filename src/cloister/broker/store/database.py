@@ -89,7 +89,18 @@ _FULL: Final = frozenset(
     }
 )
 """SQLite's words for "no room": ENOSPC is SQLITE_FULL; EDQUOT and EFBIG (a limit on file size) come as write errors."""
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
+_DAMAGED: Final = frozenset(
+    {
+        0,  # the driver's own: a text that is not UTF-8, a value of another type
+        sqlite3.SQLITE_ERROR,  # our statements are right, so a table or column is not the one we made
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_FORMAT,
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_MISMATCH,
+    }
+)
+"""SQLite's words for a database that is not what this broker wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +122,7 @@ class Loaded:
     payloads: dict[tuple[type[Row], Key], bytes]
 
 
-def _translate(error: SQLAlchemyError | sqlite3.Error, path: Path, doing: str) -> CloisterError:
+def _translate(error: SQLAlchemyError | sqlite3.Error | UnicodeDecodeError, path: Path, doing: str) -> CloisterError:
     """Return the error of our tree for one of the database."""
     original = error.orig if isinstance(error, DBAPIError) else error
     number = getattr(original, "sqlite_errorcode", 0)
@@ -122,7 +133,7 @@ def _translate(error: SQLAlchemyError | sqlite3.Error, path: Path, doing: str) -
             reasons=[Reason("store.commit", str(original), "room for a few pages")],
             hint=f"free space on the disk that holds {path.parent}",
         )
-    if number & 0xFF in _DAMAGED or (number == 0 and not isinstance(original, sqlite3.OperationalError)):
+    if number & 0xFF in _DAMAGED:
         return tampered(
             f"{path.name} is damaged or was changed: {original}",
             where="store.database",
@@ -146,7 +157,7 @@ def _translate(error: SQLAlchemyError | sqlite3.Error, path: Path, doing: str) -
 def _translated(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
+    except (SQLAlchemyError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: SQLite quotes damaged names
         raise _translate(error, path, doing) from error
 
 
@@ -358,19 +369,34 @@ class Store:
                     hint="a newer version of Cloister wrote it, or it was changed",
                 )
             else:
-                damage = connection.execute(text("PRAGMA integrity_check(3)")).scalars().all()
-                if damage != ["ok"]:
-                    raise tampered(
-                        f"{self._path.name} is damaged or was changed: {damage[0]}",
-                        where="store.database",
-                        found="; ".join(map(str, damage)),
-                        wanted="an intact database",
-                        hint="restore the state folder from a replica or a backup",
-                    )
+                self._check_database(connection)
             signer, note, checkpoint = self._head(connection)
             tree, fold = self._entries(connection, checkpoint)
             payloads = self._tables(connection, fold)
         return Loaded(signer, note, tree, fold, payloads)
+
+    def _check_database(self, connection: Connection) -> None:
+        """Step 2."""
+        damage = connection.execute(text("PRAGMA integrity_check(3)")).scalars().all()
+        if damage != ["ok"]:
+            raise tampered(
+                f"{self._path.name} is damaged or was changed: {damage[0]}",
+                where="store.database",
+                found="; ".join(map(str, damage)),
+                wanted="an intact database",
+                hint="restore the state folder from a replica or a backup",
+            )
+        objects = connection.execute(
+            text("SELECT type, name FROM sqlite_schema WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'")
+        )
+        found, wanted = {tuple(row) for row in objects}, {("table", name) for name in METADATA.tables}
+        if found != wanted:
+            raise tampered(
+                f"{self._path.name} has other tables than this broker made",
+                where="store.database",
+                found=", ".join(sorted(f"{kind} {name}" for kind, name in found - wanted)) or "all of ours",
+                wanted=", ".join(sorted(name for _, name in wanted - found)) or "nothing else: no trigger, no view",
+            )
 
     def _create(self, connection: Connection, origin: str) -> None:
         seed = Secret.random()

@@ -25,7 +25,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -252,7 +252,7 @@ class Ledger:
         self._publishing = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._halted: CloisterError | None = None
-        self._closed = False
+        self._closed = self._stopped = False
         self._watching = threading.Lock()
         self._watchers: tuple[_Watcher, ...] = ()
         self._quorum = 0
@@ -846,10 +846,12 @@ class Ledger:
     # --- the writer ---------------------------------------------------------------------------------------------------
 
     def _submit(self, decide: Callable[[Fold], _Entry | _Existing]) -> Pending[Appended]:
-        if self._closed:
+        if self._closed or self._stopped:
             raise MachineError("the ledger is closed")
         future: Future[Any] = Future()
         self._jobs.put(_Job(decide, future))
+        if self._stopped:  # the writer ended between the two lines above: nobody else would answer
+            self._abandon()
         return Pending(future)
 
     def _write(self) -> None:
@@ -858,19 +860,19 @@ class Ledger:
             while self._write_group():
                 pass
         finally:
-            self._closed = True
+            self._stopped = True
             self._abandon()
 
     def _abandon(self) -> None:
         stopped = MachineError("the ledger stopped before this was written")
-        waiting = list(self._group)
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None:
-                waiting.append(job)
+        waiting: list[_Job | None] = list(self._group)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.append(self._jobs.get_nowait())
         for job in waiting:
-            if not job.future.done():
-                job.future.set_exception(stopped)
+            if job is not None:
+                with contextlib.suppress(InvalidStateError):  # answered, or cancelled by who asked
+                    job.future.set_exception(stopped)
 
     def _write_group(self) -> bool:
         """Take what waits and answer it; return whether to go on."""
