@@ -1,0 +1,1 @@
+"""Where the workload room touches the machine: find, scan, hash, cache, stage."""
