@@ -350,7 +350,7 @@ def test_expired_contract(broker: RunningBroker, clock: Clock) -> None:
     contract = world.ready(client, world.contract(name=next(_names), expires=str((clock() + timedelta(days=1)).date())))
     clock.ahead = timedelta(days=2)
     with pytest.raises(DeniedError) as denied:
-        client.release(contract, "train", reads=("xrays",), attester=trainer_node())
+        broker.client().release(contract, "train", reads=("xrays",), attester=trainer_node())
     assert wheres(denied.value) == ["expires"]
     assert client.contract_status(contract).state == "expired"
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlencode, urlsplit
@@ -54,12 +55,14 @@ from cloister.broker.log.checkpoint import open_checkpoint
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret, mac
 from cloister.crypto.note import Verifier
-from cloister.errors import CloisterError, EvidenceError, PeerError, Reason, TamperedError
+from cloister.errors import CloisterError, EvidenceError, InputError, PeerError, Reason, TamperedError
 
 BACK_OFF_S: Final = (0.1, 0.3, 0.8, 1.6, 3.0)
 """Pauses before each retry after a lost connection: 5.8 s in all; a broker restarts in about 2 s (bench/release.py)."""
 SKEW: Final = timedelta(seconds=60)
 """Beyond this difference of clocks an error about time mentions it: a nonce lives 60 s."""
+NONCE_KEPT_S: Final = 20.0
+"""How long the nonce that came with the broker's evidence is used: a third of its life."""
 OPEN_VALID: Final = timedelta(minutes=30)
 
 T = TypeVar("T")
@@ -75,6 +78,14 @@ class Signer(Protocol):
     """Signs with somebody's SSH key: `contract.edge.sign` with its key file filled in. Returns armoured SSHSIG."""
 
     def __call__(self, message: bytes, *, namespace: str) -> str: ...
+
+
+@cache
+def _own_measurement() -> bytes:
+    """The package as it was when this process first asked: what runs here does not change with the files."""
+    from cloister.attestation.edge.software import measure_package
+
+    return measure_package()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +106,7 @@ class Trust:
         """Return the appraisal policy for the broker; the only place where `Trust` becomes one."""
         measurements = self.broker_measurements
         if measurements is None:
-            from cloister.attestation.edge.software import measure_package
-
-            measurements = frozenset({measure_package()})
+            measurements = frozenset({_own_measurement()})
         return Policy(
             where="broker",
             kind="tee",
@@ -168,7 +177,7 @@ class BrokerClient:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/") or parts.query:
-            raise PeerError(
+            raise InputError(
                 f"{url!r} is not the address of a broker",
                 reasons=(Reason("broker.url", url, "https://<host>:<port>"),),
                 hint="`cloister up` prints the address",
@@ -180,6 +189,7 @@ class BrokerClient:
         self._lock = threading.RLock()
         self._connection: http.client.HTTPSConnection | None = None
         self._skew: timedelta | None = None
+        self._nonce: tuple[bytes, float] | None = None
         self._broker: Broker | None = None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -407,8 +417,14 @@ class BrokerClient:
         return attempt()
 
     def _binding(self, purpose: str, key: bytes, contract: str, phase: str, request: bytes) -> Binding:
-        reply = wire.NonceReply.decode(self._exchange("POST", "nonce", b""))
-        return Binding(purpose, reply.nonce, key, self.broker.spki, contract, phase, request)
+        with self._lock:
+            self._connected()
+            kept, self._nonce = self._nonce, None
+        if kept is not None and _since_boot_s() < kept[1]:
+            nonce = kept[0]  # came with the broker's evidence: one round trip less for a node that just connected
+        else:
+            nonce = wire.NonceReply.decode(self._exchange("POST", "nonce", b"")).nonce
+        return Binding(purpose, nonce, key, self.broker.spki, contract, phase, request)
 
     def _exchange(self, method: str, path: str, body: bytes | None, *, pin: bytes | None = None) -> bytes:
         """One request and its answer; with `pin`, only to the broker that evidence in `body` was made for."""
@@ -492,6 +508,7 @@ class BrokerClient:
                     hint="nothing was sent to it; ask who runs it which software version it should be",
                 )
             )
+        self._nonce = (reply.next_nonce, _since_boot_s() + NONCE_KEPT_S)
         return Broker(self.url, reply.key, spki, wire.BrokerConfig.decode(found[0]), claims)
 
     def _remember(self, connection: http.client.HTTPSConnection, broker: Broker) -> None:
@@ -571,6 +588,11 @@ class BrokerClient:
             reasons=(*error.reasons, reason),
             hint="set the clocks (evidence and collateral are valid for a time), then try again",
         )
+
+
+def _since_boot_s() -> float:
+    """A clock that also runs while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _spki_hash(certificate: bytes) -> bytes:

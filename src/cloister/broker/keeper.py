@@ -130,7 +130,8 @@ class Keeper:
         binding = Binding("broker", request.nonce, self._keypair.public, self._spki, request=request.hashed())
         # hardware takes milliseconds to seconds for a quote
         evidence = await asyncio.to_thread(self._attester.evidence, binding.report_data())
-        return wire.AttestReply(evidence_format.encode(evidence), self._keypair.public, self._clock())
+        now = self._clock()
+        return wire.AttestReply(evidence_format.encode(evidence), self._keypair.public, now, self._nonces.issue(now))
 
     def nonce(self) -> wire.NonceReply:
         return wire.NonceReply(self._nonces.issue(self._clock()), decide.NONCE_LIFE.seconds)

@@ -96,7 +96,8 @@ def serve(
         TamperedError: the state is not what this broker left.
         EvidenceError: this broker's own evidence does not verify.
     """
-    tee = attester or find_attester(config.attester, measurement=measure_package())
+    own = measure_package()
+    tee = attester or find_attester(config.attester, measurement=own)
     soft = tee.name.startswith("soft")
     keys = _Keys.load(state_dir, sealer or _sealer(tee, state_dir / PLATFORM))
     with Ledger.open(state_dir / LEDGER, keys.master, origin=config.origin) as ledger, _listen(host, port) as listener:
@@ -104,7 +105,7 @@ def serve(
         identity = service.make_identity(now)
         roots = Roots(soft=config.allow_soft)
         accepted = config.node_measurements
-        measurements = frozenset({measure_package()}) if accepted is None else accepted
+        measurements = frozenset({own}) if accepted is None else accepted
         measured = wire.BrokerConfig(
             version=1,
             origin=ledger.origin,
@@ -123,7 +124,7 @@ def serve(
             )
         ledger.begin_epoch(
             now=now,
-            software=measure_package().hex(),
+            software=own.hex(),
             evidence=digest(encode_evidence(tee.evidence(bytes(64)))),
             tee=tee.name,
             hpke_key=digest(keys.hpke.public),

@@ -169,17 +169,17 @@ def application(keeper: Keeper) -> Starlette:
         return _reply(keeper.consistency(_number(request, "old"), _number(request, "new")))
 
     return Starlette(
-        routes=[
-            post("attest", attest),
+        routes=[  # searched in this order
             post("nonce", nonce),
+            post("release", release),
+            post("answer", answer),
+            post("renew", renew),
+            post("attest", attest),
+            post("register", register),
             post("contract", submit),
             post("signature", sign),
             post("revoke", revoke),
             post("key", deposit),
-            post("release", release),
-            post("renew", renew),
-            post("register", register),
-            post("answer", answer),
             post("open", open_key),
             get("contracts", contracts),
             get("contracts/{reference}", contract),

@@ -70,6 +70,9 @@ LEASE: Final = r"l-[0-9a-f]{32}"
 DENIAL: Final = r"d-[0-9a-f]{12}"
 
 
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
+
+
 def sha256(data: bytes) -> bytes:
     """Return the 32 bytes that bindings and statements name a longer byte string by."""
     return hashlib.sha256(data).digest()
@@ -83,7 +86,7 @@ def format_time(moment: datetime) -> str:
     """
     if moment.tzinfo is None:
         raise ValueError("a time without a time zone")
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def parse_time(text: str) -> datetime:
@@ -92,32 +95,45 @@ def parse_time(text: str) -> datetime:
     Raises:
         ValueError: any other form.
     """
-    moment = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
-    if format_time(moment) != text:
-        raise ValueError(f"not an RFC 3339 time with microseconds: {text!r}")
-    return moment
+    if _TIME.fullmatch(text) is None:
+        raise ValueError(f"not an RFC 3339 time in UTC with microseconds: {text[:40]!r}")
+    return datetime.fromisoformat(text)
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------
 
 
 class Field(Protocol):
-    """One value: `dump` to what CBOR carries, `load` back; `load` raises ValueError with the place in it."""
+    """One value: `dump` to what CBOR carries, `load` back, `check` a Python value; errors are ValueError with the place."""
 
     def dump(self, value: Any) -> Any: ...
 
     def load(self, value: Any, where: str) -> Any: ...
 
+    def check(self, value: Any, where: str) -> None: ...
+
+
+class _Plain:
+    """Fields whose Python value is what CBOR carries."""
+
+    __slots__ = ()
+
+    def dump(self, value: Any) -> Any:
+        return value
+
+    def load(self, value: Any, where: str) -> Any:
+        raise NotImplementedError
+
+    def check(self, value: Any, where: str) -> None:
+        self.load(value, where)
+
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(_Plain):
     """A string of at most `most` characters that matches `pattern` entirely."""
 
     most: int = 200
     pattern: str = ""
-
-    def dump(self, value: Any) -> Any:
-        return value
 
     def load(self, value: Any, where: str) -> str:
         if not isinstance(value, str) or len(value) > self.most:
@@ -132,14 +148,11 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(_Plain):
     """A byte string of `least` to `most` bytes."""
 
     least: int
     most: int
-
-    def dump(self, value: Any) -> Any:
-        return value
 
     def load(self, value: Any, where: str) -> bytes:
         if not isinstance(value, bytes) or not self.least <= len(value) <= self.most:
@@ -148,13 +161,10 @@ class Blob:
 
 
 @dataclass(frozen=True, slots=True)
-class Uint:
+class Uint(_Plain):
     """An integer from 0 to `most`; `bool` is no integer here."""
 
     most: int = (1 << 53) - 1
-
-    def dump(self, value: Any) -> Any:
-        return value
 
     def load(self, value: Any, where: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= self.most:
@@ -163,11 +173,8 @@ class Uint:
 
 
 @dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(_Plain):
     """True or false."""
-
-    def dump(self, value: Any) -> Any:
-        return value
 
     def load(self, value: Any, where: str) -> bool:
         if value is not True and value is not False:
@@ -190,6 +197,10 @@ class Time:
         except ValueError:
             raise ValueError(f"{where}: wants an RFC 3339 time in UTC with microseconds") from None
 
+    def check(self, value: Any, where: str) -> None:
+        if not isinstance(value, datetime) or value.tzinfo is None:
+            raise ValueError(f"{where}: wants a time with a time zone")
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -203,6 +214,10 @@ class Key:
             raise ValueError(f"{where}: wants a key of 32 bytes")
         return Secret(value)
 
+    def check(self, value: Any, where: str) -> None:
+        if not isinstance(value, Secret) or len(value) != 32:
+            raise ValueError(f"{where}: wants a Secret of 32 bytes")
+
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
@@ -215,6 +230,10 @@ class Maybe:
 
     def load(self, value: Any, where: str) -> Any:
         return None if value is None else self.inner.load(value, where)
+
+    def check(self, value: Any, where: str) -> None:
+        if value is not None:
+            self.inner.check(value, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +251,12 @@ class Many:
             raise ValueError(f"{where}: wants a list of at most {self.most}")
         return tuple(self.inner.load(item, f"{where}[{index}]") for index, item in enumerate(value))
 
+    def check(self, value: Any, where: str) -> None:
+        if not isinstance(value, tuple) or len(value) > self.most:
+            raise ValueError(f"{where}: wants a tuple of at most {self.most}")
+        for index, item in enumerate(value):
+            self.inner.check(item, f"{where}[{index}]")
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -247,6 +272,9 @@ class Names:
         if list(names) != sorted(set(names)):
             raise ValueError(f"{where}: wants different names in ascending order")
         return names
+
+    def check(self, value: Any, where: str) -> None:
+        self.load(self.dump(value), where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +297,13 @@ class Table:
             {name_of.load(name, where): self.inner.load(item, f"{where}.{name}") for name, item in value.items()}
         )
 
+    def check(self, value: Any, where: str) -> None:
+        if not isinstance(value, Mapping) or len(value) > self.most:
+            raise ValueError(f"{where}: wants a mapping of at most {self.most}")
+        for name, item in value.items():
+            Text(40, NAME).check(name, where)
+            self.inner.check(item, f"{where}.{name}")
+
 
 @dataclass(frozen=True, slots=True)
 class Nested:
@@ -282,6 +317,10 @@ class Nested:
     def load(self, value: Any, where: str) -> Any:
         return self.message.from_map(value, where)
 
+    def check(self, value: Any, where: str) -> None:
+        if not isinstance(value, self.message):  # one that exists is valid
+            raise ValueError(f"{where}: wants a {self.message.__name__}")  # noqa: TRY004  # one error type for all fields
+
 
 class Message:
     """Base of all messages. Subclasses are frozen dataclasses whose fields are the keys of `FIELDS`, in any order."""
@@ -292,7 +331,7 @@ class Message:
 
     def __post_init__(self) -> None:
         for name, field in self.FIELDS.items():
-            field.load(field.dump(getattr(self, name)), f"{type(self).__name__}.{name}")
+            field.check(getattr(self, name), f"{type(self).__name__}.{name}")
 
     def as_map(self) -> dict[str, Any]:
         return {name: field.dump(getattr(self, name)) for name, field in self.FIELDS.items()}
@@ -311,7 +350,10 @@ class Message:
         if missing or unknown:
             found = [repr(name)[:60] for name in unknown[:8]]
             raise ValueError(f"{where}: missing keys {missing}, unknown keys {found}")
-        return cls(**{name: field.load(value[name], f"{where}.{name}") for name, field in cls.FIELDS.items()})
+        message = object.__new__(cls)  # `load` checks what `__post_init__` would check again
+        for name, field in cls.FIELDS.items():
+            object.__setattr__(message, name, field.load(value[name], f"{where}.{name}"))
+        return message
 
     def encode(self) -> bytes:
         return cbor_encode(self.as_map())
@@ -361,12 +403,21 @@ class AttestRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class AttestReply(Message):
-    """Evidence over Binding("broker", nonce, `key`, SPKI hash of the broker's TLS key, "", "", digest of the request)."""
+    """Evidence over Binding("broker", nonce, `key`, SPKI hash of the broker's TLS key, "", "", digest of the request).
+
+    `next_nonce` is one as `POST nonce` gives: a node that connects in order to ask saves a round trip.
+    """
 
     evidence: bytes
     key: bytes
     time: datetime
-    FIELDS: ClassVar = {"evidence": _EVIDENCE, "key": _HPKE, "time": Time()}
+    next_nonce: bytes
+    FIELDS: ClassVar = {
+        "evidence": _EVIDENCE,
+        "key": _HPKE,
+        "time": Time(),
+        "next_nonce": Blob(NONCE_BYTES, NONCE_BYTES),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,161 @@
+"""Attest + appraise + release, p50 and p99: a real broker process, TLS over loopback, the log entry on disk first.
+
+    python bench/release.py [--json] [--count 300] [--cold 60]
+
+One warm release is: nonce (one round trip), evidence over the binding (soft TDX: a quote with a real ECDSA chain),
+release (second round trip; the broker verifies quote, chain and collateral with dcap-qvl, judges the contract, writes
+the log entry with fsync, seals two keys), opening of the sealed answer. Cold adds TCP, TLS and the attestation of the
+broker by the client. Soft quotes are made by this process and cost it about what verifying costs: on hardware the
+quote comes from the TDX module instead. `--json` prints one line per figure: figure, value, target, unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from cloister.attestation.edge.attester import SoftTdxAttester
+from cloister.attestation.edge.software import measure_package
+from cloister.attestation.events import WORKLOAD, Workload
+from cloister.contract.edge import Signer
+from cloister.crypto import hpke
+from cloister.crypto.keys import Secret, digest
+from cloister.testkit.broker import RunningBroker, running_broker
+
+DATA, CODE = digest(b"data"), digest(b"code")
+
+
+def contract(owner: Signer) -> bytes:
+    return f"""contract = "bench"
+version = 1
+expires = 2099-01-01
+[party]
+acme = "{owner.key.fingerprint}"
+[code]
+trainer = {{ owner = "acme", digest = "{CODE}" }}
+[data]
+data = {{ owner = "acme", digest = "{DATA}" }}
+[place]
+enclave = {{ kind = "tee", accept = ["simulated"] }}
+[phase.train]
+run = "trainer"
+at = "enclave"
+read = ["data"]
+write = {{ model = "acme" }}
+[change]
+default = ["acme"]
+""".encode()
+
+
+def times_ms(count: int, act: Callable[[], object]) -> list[float]:
+    found = []
+    for _ in range(count):
+        start = time.perf_counter()
+        act()
+        found.append((time.perf_counter() - start) * 1e3)
+    return sorted(found)
+
+
+def prepare(broker: RunningBroker) -> str:
+    owner = Signer(Ed25519PrivateKey.generate())
+    client = broker.client()
+    data = contract(owner)
+    name = client.submit_contract(data, name="bench.toml").contract
+    status = client.add_signature(name, owner.sign(data, namespace="contract@cloister"))
+    if status.state != "active":
+        raise RuntimeError(f"the contract is {status.state}")
+    client.deposit_key(DATA, volume_id=bytes(16), key=Secret.random(), sign=owner.sign)
+    return name
+
+
+def node() -> SoftTdxAttester:
+    attester = SoftTdxAttester(measure_package())
+    attester.extend(WORKLOAD, Workload(CODE, "offline", hashlib.sha256(b"offline").digest(), "L1").encode())
+    return attester
+
+
+def fsync_ms(folder: Path) -> float:
+    """Median of a 4 KiB append + fdatasync on the disk that holds the state: what no durable log can go below."""
+    with (folder / "fsync").open("wb") as file:
+
+        def once() -> None:
+            file.write(bytes(4096))
+            file.flush()
+            os.fdatasync(file.fileno())
+
+        return statistics.median(times_ms(50, once))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--cold", type=int, default=60)
+    parser.add_argument("--clients", type=int, default=4)
+    given = parser.parse_args()
+    figures: list[tuple[str, float, float | None, str]] = []
+    with tempfile.TemporaryDirectory() as name, running_broker(Path(name) / "state", process=True) as broker:
+        bench = prepare(broker)
+        attester, pair = node(), hpke.KeyPair.generate()
+
+        def release() -> None:
+            warm.release(bench, "train", reads=("data",), writes=("model",), attester=attester, keypair=pair)
+
+        warm = broker.client()
+        times_ms(20, release)
+        found = times_ms(given.count, release)
+        figures.append(("release warm p50", statistics.median(found), 2.0, "ms"))
+        figures.append(("release warm p99", found[int(len(found) * 0.99)], None, "ms"))
+        figures.append(("release warm min", found[0], None, "ms"))
+
+        def cold() -> None:
+            with broker.client() as fresh:
+                fresh.release(bench, "train", reads=("data",), writes=("model",), attester=attester, keypair=pair)
+
+        found = times_ms(given.cold, cold)
+        figures.append(("release cold p50", statistics.median(found), 5.0, "ms"))
+        figures.append(("release cold p99", found[int(len(found) * 0.99)], None, "ms"))
+        figures.append(("release cold min", found[0], None, "ms"))
+
+        figures.append(("of it: soft quote (client)", statistics.median(times_ms(50, lambda: attester.evidence(bytes(64)))), None, "ms"))  # fmt: skip
+        figures.append(("of it: one round trip", statistics.median(times_ms(100, warm.status)), None, "ms"))
+        figures.append(("of it: fdatasync of 4 KiB", fsync_ms(Path(name)), None, "ms"))
+
+        done = [0] * given.clients
+
+        def hammer(index: int) -> None:
+            with broker.client() as own:
+                own_pair, until = hpke.KeyPair.generate(), time.monotonic() + 1.5
+                while time.monotonic() < until:
+                    own.release(bench, "train", reads=("data",), writes=("model",), attester=attester, keypair=own_pair)
+                    done[index] += 1
+
+        threads = [threading.Thread(target=hammer, args=(index,)) for index in range(given.clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        figures.append((f"releases a second, {given.clients} clients in one process", sum(done) / 1.5, None, "1/s"))
+    for figure, value, target, unit in figures:
+        if given.json:
+            line = {"figure": figure, "value": round(value, 3), "target": target, "unit": unit}
+            sys.stdout.write(json.dumps(line) + "\n")
+        else:
+            wanted = f"   target <= {target:g}" if target is not None else ""
+            sys.stdout.write(f"{figure:<48}{value:9.2f} {unit}{wanted}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
