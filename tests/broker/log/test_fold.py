@@ -128,6 +128,18 @@ def test_a_successor_replaces_the_active_contract() -> None:
         fold.apply(release())
 
 
+def test_the_id_of_a_forgotten_lease_may_come_again() -> None:
+    for after, again in ((timedelta(hours=23), False), (timedelta(days=1, seconds=1), True)):
+        fold = folded(*until("lease-renewed"))
+        later = release().expires + after
+        fold.apply(leaves.Epoch(time=later, number=2, software="", evidence="", tee="", hpke_key="", tls_key=""))
+        if again:
+            fold.apply(release(at=later))
+        else:
+            with pytest.raises(TamperedError):
+                fold.apply(release(at=later))
+
+
 def counted(day: str, used: int = 9, that_day: int = 4) -> AnswerCountRow:
     return AnswerCountRow(CONTRACT, "serve", "clinic", used, day, that_day, 0)
 

@@ -143,14 +143,15 @@ def test_what_waits_together_is_one_group(ledger: Ledger, monkeypatch: pytest.Mo
 
     first = spend(0)
     assert entered.wait(30)
-    waiting = [spend(number) for number in range(1, 701)]
+    most = module.MAX_GROUP
+    waiting = [spend(number) for number in range(1, 2 * most + 11)]
     go.set()
     results = [first.result(30), *(pending.result(30) for pending in waiting)]
-    assert groups == [1, module.MAX_GROUP, 700 - module.MAX_GROUP]
-    assert [result.spent.used for result in results] == list(range(1, 702))
-    assert {result.receipt.size for result in results[1:513]} == {results[512].index + 1}
-    assert len({result.receipt.checkpoint for result in results}) == 3
-    for result in (results[0], results[300], results[700]):
+    assert groups == [1, most, most, 10]
+    assert [result.spent.used for result in results] == list(range(1, 2 * most + 12))
+    assert {result.receipt.size for result in results[1 : most + 1]} == {results[most].index + 1}
+    assert len({result.receipt.checkpoint for result in results}) == 4
+    for result in (results[0], results[most], results[-1]):
         verify_receipt(result.receipt, ledger.log_key)
 
 
@@ -415,6 +416,13 @@ def test_no_secret_is_in_the_folder_in_clear_or_in_a_repr(folder: Path) -> None:
     assert "planted" not in shown
 
 
+def test_the_folder_is_for_its_owner_only(folder: Path) -> None:
+    with Ledger.open(folder, MASTER) as ledger:
+        ledger.begin_epoch(now=NOW).result(30)
+        assert folder.stat().st_mode & 0o077 == 0
+        assert [path.name for path in folder.iterdir() if path.stat().st_mode & 0o077] == []
+
+
 def test_two_brokers_cannot_use_one_folder(folder: Path) -> None:
     with Ledger.open(folder, MASTER):
         with pytest.raises(MachineError, match="another broker") as refused:
@@ -447,6 +455,8 @@ def test_a_bug_in_the_writer_leaves_nobody_waiting(ledger: Ledger, monkeypatch: 
 def test_a_callers_mistakes_are_value_errors(ledger: Ledger, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         Ledger.open(tmp_path / "x", Secret(b"short"))
+    with pytest.raises(TypeError, match="method of their own"):
+        ledger.append(leaves.KeyDeposited(time=NOW, volume=DATA, owner=HOSPITAL, volume_id=b"v", generation=1))
     with pytest.raises(ValueError):
         ledger.submit_contract(TOML, name="not a name", version=1, replaces="", now=NOW)
     with pytest.raises(ValueError):

@@ -4,11 +4,13 @@ The log is the truth; these rows are its fold: starting from nothing and applyin
 rows. Each row type names the table of the store that mirrors it and the fields that are its key. `entry` is the index of
 the log entry that a row rests on.
 
+A lease may be forgotten, secrets first, a day after it expired by the latest time in the log: its row may then be absent.
+
 An entry that contradicts the ones before it is refused before anything changes:
   epoch             numbers rise by one
   contract-*        signed, activated, revoked: only after it was submitted; revoked for good
   key-opened        the key is kept for this owner
-  release           the contract is active, the lease is new
+  release           the contract is active, the lease is new (or its id is that of a forgettable one)
   lease-*           the lease exists and was not lost
   root-registered   the lease may write the asset; `previous` is the current version
   answer            `used` is the sum so far and this count
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import ClassVar, Final, TypeVar, cast
 
 from cloister.broker.log.checkpoint import tampered
@@ -40,6 +42,9 @@ from cloister.broker.log.leaf import (
     RootRegistered,
     Witness,
 )
+
+FORGET_AFTER: Final = timedelta(days=1)
+"""A lease is remembered this long after it expired, so that its node still hears why."""
 
 Key = tuple[str | int, ...]
 R = TypeVar("R", bound="Row")
@@ -277,6 +282,11 @@ class Fold:
         self.size, self.latest = size, latest
 
 
+def forgettable(row: Row, latest: datetime) -> bool:
+    """Return whether `row` may be absent once the log's latest time is `latest`: a lease that expired a day before."""
+    return isinstance(row, LeaseRow) and row.expires + FORGET_AFTER < latest
+
+
 def _rows_of(fold: Fold, leaf: Leaf, entry: int) -> tuple[Row, ...]:
     """Return the rows that `leaf`, standing at index `entry`, makes or replaces."""
     match leaf:
@@ -357,7 +367,8 @@ def _activated(fold: Fold, leaf: ContractActive, entry: int) -> tuple[Row, ...]:
 
 def _released(fold: Fold, leaf: Release, entry: int) -> tuple[Row, ...]:
     _contract(fold, leaf, leaf.contract, ("active",))
-    if fold.get(LeaseRow, leaf.lease) is not None:
+    before = fold.get(LeaseRow, leaf.lease)
+    if before is not None and not forgettable(before, fold.latest):
         raise _contradicts(leaf, f"lease {leaf.lease}", "a lease that did not exist before")
     return (
         LeaseRow(

@@ -25,7 +25,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +48,7 @@ from sqlalchemy.pool import NullPool
 
 from cloister.broker.log import leaf as leaves
 from cloister.broker.log.checkpoint import Checkpoint, open_checkpoint, sign, tampered
-from cloister.broker.log.fold import ROWS, ContractRow, Fold, Key, KeyRow, LeaseRow, Row, SignatureRow
+from cloister.broker.log.fold import ROWS, ContractRow, Fold, Key, KeyRow, LeaseRow, Row, SignatureRow, forgettable
 from cloister.broker.log.tree import EMPTY_ROOT, Tree, leaf_hash
 from cloister.broker.store.tables import (
     FORMAT,
@@ -68,8 +67,6 @@ from cloister.errors import CloisterError, MachineError, Reason, TamperedError
 
 DATABASE: Final = "broker.db"
 LOCK: Final = "lock"
-FORGET_AFTER: Final = timedelta(days=1)
-"""A lease row may be deleted this long after it expired, by the latest time in the log."""
 
 _PRAGMAS: Final = (
     "journal_mode=wal",
@@ -236,6 +233,20 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
+def _prepare(folder: Path) -> None:
+    """Make the database file, if there is none, for its owner only, and make its name durable (SQLite syncs the folder for
+    its journals only)."""
+    try:
+        os.close(os.open(folder / DATABASE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise MachineError(f"cannot use {folder / DATABASE}: {error.strerror}") from error
+
+
 class _Statement:
     """A statement compiled once and run by the driver's cursor: a quarter of the time that `Connection.execute` takes for
     a statement this small (bench/log.py)."""
@@ -328,6 +339,7 @@ class Store:
         except OSError as error:
             raise MachineError(f"cannot use the state folder {folder}: {error.strerror}") from error
         try:
+            _prepare(folder)
             with _translated(folder / DATABASE, "opening it"):
                 store = cls(folder, Vault(master), descriptor)
                 try:
@@ -525,7 +537,7 @@ class Store:
                     yield Reason(f"{where}.{cls.PAYLOAD}", wrong, "the bytes that were stored")
                 payloads[cls, row.key] = columns[cls.PAYLOAD]
         for key in [key for key in wanted if key not in seen]:
-            if forgettable(wanted[key], fold):
+            if forgettable(wanted[key], fold.latest):
                 del wanted[key]
             else:
                 yield Reason(f"store.{cls.TABLE}[{', '.join(map(str, key))}]", "no row", "the row that the log made")
@@ -641,8 +653,3 @@ def _touch_statement(cls: type[Row]) -> Any:
         statement = statement.where(table.c[name] == bindparam(f"_{name}"))
     others = [c.name for c in table.columns if not c.primary_key and c.name != cls.PAYLOAD]
     return statement.values({name: bindparam(f"_{name}") for name in others})
-
-
-def forgettable(row: Row, fold: Fold) -> bool:
-    """Return whether `row` may be absent from its table: a lease that expired a day before the latest log time."""
-    return isinstance(row, LeaseRow) and row.expires + FORGET_AFTER < fold.latest
