@@ -336,6 +336,57 @@ def test_warm_reads_do_not_reach_the_worker(mounted: Mounter) -> None:
     os.close(fd)
 
 
+class Watched(FakeVolume):
+    """Writes the offset of every read to a file, as the owner of the disk would see it."""
+
+    log: int = -1
+
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.log,)
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        os.write(self.log, b"%d\n" % offset)
+        super().read_into(offset, into)
+
+
+def test_preload_is_one_pass_and_then_the_disk_is_silent(mounted: Mounter, tmp_path: Path) -> None:
+    nodes = {b"%d/%d/f%03d" % (k % 7, k % 3, k): file(blob(k * 1231 % 90_000, k)) for k in range(150)}
+    plain = make_volume({**nodes, b"z": link(b"0/0/f000"), b"big": file(blob(3_000_000))})
+    volume = Watched(plain.tree, plain.space)
+    with (tmp_path / "log").open("wb") as log:
+        volume.log = log.fileno()
+        made = mounted(volume)
+    assert made.preload() == sum(len(node.data) for node in nodes.values()) + 3_000_000
+    seen = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert seen == sorted(seen)
+    names = list(nodes)
+    random.Random(4).shuffle(names)
+    for name in names:
+        assert (made.at / os.fsdecode(name)).read_bytes() == nodes[name].data
+    assert len((tmp_path / "log").read_text().split()) == len(seen)
+
+
+def test_preload_of_a_dead_mount_says_so(mounted: Mounter) -> None:
+    made = mounted(make_volume({b"x": file(b"1")}))
+    made.close()
+    with pytest.raises(MachineError, match="is no longer served"):
+        made.preload()
+    volume = make_volume({b"x": file(blob(200_000)), b"y": file(b"2")})
+    volume.poison = 0
+    dead = mounted(volume)
+    with pytest.raises(MachineError, match="is no longer served") as caught:
+        dead.preload()
+    assert caught.value.code == "no-mount"
+
+
+def test_preload_leaves_out_what_cannot_be_read(mounted: Mounter) -> None:
+    volume = make_volume({b"x": file(blob(CHUNK)), b"y": file(blob(CHUNK))})
+    volume.bad = {0: OSError(errno.EIO, "disk")}
+    made = mounted(volume)
+    assert made.preload() == CHUNK
+    assert [fault.path for fault in made.faults()] == ["x"]
+
+
 def test_another_user_reads_unless_told_otherwise(mounted: Mounter, tmp_path: Path) -> None:
     volume = make_volume({b"x": file(b"open")})
     for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):  # pytest makes them 0700

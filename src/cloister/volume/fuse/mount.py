@@ -89,6 +89,31 @@ class Mount:
         self._drain()
         return tuple(self._workers)
 
+    def preload(self) -> int:
+        """Read every file once, front to back as they are stored, into the page cache; returns the bytes read.
+
+        For volumes that fit in memory: later reads of any order run at the speed of the page cache, and the owner of the disk sees one
+        sequential pass instead of which record is read when. Files that cannot be read are left out (`faults` names them).
+
+        Raises:
+            MachineError: no-mount, the volume is no longer served.
+        """
+        if not self.alive:
+            raise MachineError(f"{self.at} is no longer served", code="no-mount")
+        buffer, total, folders = bytearray(p.MAX_READ), 0, [os.fsencode(self.at)]
+        for folder in folders:  # grows: breadth first, children sorted, the order of types.Tree and hence of the data
+            try:
+                with os.scandir(folder) as entries:
+                    children = sorted(entries, key=lambda entry: entry.name)
+                for entry in children:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        total += _read_through(entry.path, buffer)
+            except OSError as error:
+                raise MachineError(f"{self.at} is no longer served: {error.strerror}", code="no-mount") from error
+        return total
+
     def close(self, patience_s: float = BUSY_PATIENCE_S) -> None:
         """Unmount and end the serving processes. Idempotent.
 
@@ -306,6 +331,20 @@ def _raise_read_ahead(mount_device: str | None) -> int:
         return int(setting.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return 0
+
+
+def _read_through(path: bytes, buffer: bytearray) -> int:
+    total = 0
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while count := os.readv(fd, [buffer]):
+            total += count
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+    finally:
+        os.close(fd)
+    return total
 
 
 def _ended(pidfd: int, timeout_s: float = 0.0) -> bool:
