@@ -26,8 +26,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.attestation.edge.attester import SoftTdxAttester
-from cloister.attestation.edge.software import measure_package
 from cloister.attestation.events import WORKLOAD, Workload
+from cloister.broker.client import own_measurement
 from cloister.contract.edge import Signer
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret, digest
@@ -80,7 +80,7 @@ def prepare(broker: RunningBroker) -> str:
 
 
 def node() -> SoftTdxAttester:
-    attester = SoftTdxAttester(measure_package())
+    attester = SoftTdxAttester(own_measurement())
     attester.extend(WORKLOAD, Workload(CODE, "offline", hashlib.sha256(b"offline").digest(), "L1").encode())
     return attester
 

@@ -13,12 +13,11 @@ import pytest
 
 from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import SoftTdxAttester
-from cloister.attestation.edge.software import measure_package
 from cloister.attestation.events import WORKLOAD, Workload
 from cloister.attestation.evidence import encode as encode_evidence
 from cloister.attestation.roots import Roots
 from cloister.broker import wire
-from cloister.broker.client import BrokerClient, Release, Trust
+from cloister.broker.client import BrokerClient, Release, Trust, own_measurement
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret, digest, mac
 from cloister.errors import DeniedError, EvidenceError, InputError, PeerError, WaitingError
@@ -142,7 +141,7 @@ def test_request_changed_after_the_evidence(scene: Scene) -> None:
 
 
 def test_debug_td(scene: Scene) -> None:
-    attester = SoftTdxAttester(measure_package(), debug=True)
+    attester = SoftTdxAttester(own_measurement(), debug=True)
     attester.extend(WORKLOAD, Workload(TRAINER, "offline", bytes(32), "L1").encode())
     with pytest.raises(EvidenceError) as refused:
         forge(scene, attester=attester)
@@ -165,12 +164,12 @@ def test_two_workload_events(scene: Scene) -> None:
 
 def test_no_workload_event(scene: Scene) -> None:
     with pytest.raises(EvidenceError) as refused:
-        forge(scene, attester=SoftTdxAttester(measure_package()))
+        forge(scene, attester=SoftTdxAttester(own_measurement()))
     assert wheres(refused.value) == ["events.cloister/workload/1"]
 
 
 def test_workload_event_that_was_not_extended(scene: Scene) -> None:
-    attester = SoftTdxAttester(measure_package())
+    attester = SoftTdxAttester(own_measurement())
     attester.extend(WORKLOAD, Workload(digest(b"evil"), "none", bytes(32), "L1").encode())
     attester._events = trainer_node()._events
     with pytest.raises(EvidenceError) as refused:
@@ -218,6 +217,8 @@ def test_all_reasons_at_once_and_again_by_id(scene: Scene) -> None:
     assert [reason.where for reason in record.reasons] == wheres(denied.value)
     assert record.code == digest(b"evil")
     assert record.tee == "soft-tdx"
+    assert isinstance(again := record.as_error(), DeniedError)
+    assert (again.reasons, again.denial_id) == (denied.value.reasons, denied.value.denial_id)
     assert denied.value.denial_id in denied.value.hint
 
 

@@ -9,10 +9,9 @@ from datetime import UTC, datetime, timedelta
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloister.attestation.edge.attester import SoftTdxAttester
-from cloister.attestation.edge.software import measure_package
 from cloister.attestation.events import WORKLOAD, Workload
 from cloister.broker import wire
-from cloister.broker.client import BrokerClient, Release
+from cloister.broker.client import BrokerClient, Release, own_measurement
 from cloister.contract.edge import Signer
 from cloister.crypto.keys import Secret, digest
 
@@ -113,7 +112,7 @@ def node(
     code: str = TRAINER, sandbox: str = "offline", level: str = "L1", *, measurement: bytes | None = None
 ) -> SoftTdxAttester:
     """A soft node that has measured its workload."""
-    attester = SoftTdxAttester(measure_package() if measurement is None else measurement)
+    attester = SoftTdxAttester(own_measurement() if measurement is None else measurement)
     attester.extend(WORKLOAD, Workload(code, sandbox, hashlib.sha256(sandbox.encode()).digest(), level).encode())
     return attester
 

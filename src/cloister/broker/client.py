@@ -81,7 +81,7 @@ class Signer(Protocol):
 
 
 @cache
-def _own_measurement() -> bytes:
+def own_measurement() -> bytes:
     """The package as it was when this process first asked: what runs here does not change with the files."""
     from cloister.attestation.edge.software import measure_package
 
@@ -106,7 +106,7 @@ class Trust:
         """Return the appraisal policy for the broker; the only place where `Trust` becomes one."""
         measurements = self.broker_measurements
         if measurements is None:
-            measurements = frozenset({_own_measurement()})
+            measurements = frozenset({own_measurement()})
         return Policy(
             where="broker",
             kind="tee",

@@ -271,38 +271,33 @@ class Keeper:
         signed = self._signed[contract.id]
         return frozenset(name for name, key in contract.party.items() if key in signed)
 
-    async def _missing(self, contract: Contract, row: ContractRow) -> tuple[str, ...]:
-        """Return who or what an unsigned contract still waits for; empty: it can become active.
-
-        Its own required signers; for a later version also every required signer of the version before (nobody's
-        agreement ends without his signature) and whoever that version's `change` names, after a board's wait.
-        """
-        missing = sorted(contract.signers - self._names(contract))
+    def _unsigned(self, contract: Contract) -> tuple[str, ...]:
+        """Return whose signatures are missing: required signers, also those of the version before (nobody's agreement
+        ends without his signature)."""
+        signed = self._signed[contract.id]
+        missing = {contract.party[name]: name for name in sorted(contract.signers)}
         before = self._contracts.get(contract.replaces or "")
         if before is not None:
-            signed = self._signed[contract.id]
-            missing += [
-                f"{name} (of version {before.version})"
-                for name in sorted(before.signers)
-                if before.party[name] not in signed and contract.party.get(name) != before.party[name]
-            ]
-            missing += [
-                name
-                for name in sorted(before.signers)
-                if before.party[name] not in signed
-                and contract.party.get(name) == before.party[name]
-                and name not in missing
-            ]
-            votes = {name: True for name, key in before.party.items() if key in signed}
-            proposed = (await asyncio.to_thread(self._ledger.leaf, row.entry)).time
-            verdict = change.replacement(before, contract, votes, now=self._clock(), proposed_at=proposed)
-            missing += [str(reason) for reason in verdict.reasons if not missing]
-        return tuple(missing)
+            for name in sorted(before.signers):
+                missing.setdefault(before.party[name], f"{name} (of version {before.version})")
+        return tuple(name for fingerprint, name in missing.items() if fingerprint not in signed)
+
+    async def _complete(self, contract: Contract, row: ContractRow) -> bool:
+        """Return whether the contract can become active: nobody is missing, and whoever the `change` of the version before
+        names agrees, after a board's wait."""
+        if self._unsigned(contract):
+            return False
+        before = self._contracts.get(contract.replaces or "")
+        if before is None:
+            return True
+        votes = {name: True for name, key in before.party.items() if key in self._signed[contract.id]}
+        proposed = (await asyncio.to_thread(self._ledger.leaf, row.entry)).time
+        return change.replacement(before, contract, votes, now=self._clock(), proposed_at=proposed).allowed
 
     async def _settle(self, contract: Contract) -> None:
         """Make the contract active if nothing is missing any more."""
         row = self._ledger.contract(contract.id)
-        if row is None or row.state != Life.WAITING or await self._missing(contract, row):
+        if row is None or row.state != Life.WAITING or not await self._complete(contract, row):
             return
         self._check_place(contract)  # another contract of this name may have become active meanwhile
         signers = sorted(self._signed[contract.id])
@@ -315,20 +310,9 @@ class Keeper:
             raise _no_contract(contract_id)
         today = self._clock().astimezone(UTC).date()
         state = state_on(Life(row.state), expires=contract.expires, today=today)
-        signed = self._names(contract)
-        waiting = [name for name in sorted(contract.signers) if name not in signed]
+        waiting = self._unsigned(contract) if state in (Life.WAITING, Life.ACTIVE) else ()
         if state is Life.WAITING and not waiting:
-            before = self._contracts.get(contract.replaces or "")
-            waiting = (
-                ["consent"]
-                if before is None
-                else [
-                    f"{name} (of version {before.version})"
-                    for name in sorted(before.signers)
-                    if before.party[name] not in self._signed[contract_id]
-                ]
-                or [f"who agrees to changes of version {before.version}"]
-            )
+            waiting = ("whoever agrees to changes of the version before",)
         return wire.ContractStatus(
             contract=contract.id,
             name=contract.name,
@@ -337,8 +321,8 @@ class Keeper:
             expires=contract.expires.isoformat(),
             state=state,
             required=tuple(sorted(contract.signers)),
-            signed=tuple(sorted(signed)),
-            waiting=tuple(waiting),
+            signed=tuple(sorted(self._names(contract))),
+            waiting=waiting,
         )
 
     # --- keys of owners -----------------------------------------------------------------------------------------------

@@ -993,3 +993,15 @@ class DenialRecord(Message):
         "entry": Uint(),
         "reasons": Many(Nested(WireReason), _MOST_REASONS),
     }
+
+    def as_error(self) -> CloisterError:
+        """Return the refusal as the error that was raised then."""
+        reasons = tuple(Reason(r.where, r.found, r.wanted, r.hint) for r in self.reasons)
+        if self.error.startswith("evidence") and self.error in CODES:
+            return EvidenceError(self.message, code=self.error, reasons=reasons)
+        if self.error == "waiting":
+            return WaitingError(self.message, reasons=reasons)
+        if self.error in ("input", "signature-invalid"):
+            return InputError(self.message, code=self.error, reasons=reasons)
+        code = self.error if self.error in CODES else "denied"
+        return DeniedError(self.message, code=code, reasons=reasons, denial_id=self.id)

@@ -23,10 +23,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cloister.attestation.edge.attester import SoftTdxAttester
+from cloister.attestation.edge.sealing import SoftSealer
 from cloister.attestation.edge.software import measure_package
 from cloister.attestation.roots import Roots
-from cloister.broker.client import BrokerClient, Trust
-from cloister.broker.main import ADDRESS, Config, serve
+from cloister.broker.client import BrokerClient, Trust, own_measurement
+from cloister.broker.main import ADDRESS, PLATFORM, Config, serve
 from cloister.broker.service import Server
 
 START_S = 30.0
@@ -52,13 +54,16 @@ class RunningBroker:
         self._failed: BaseException | None = None
         self._port = 0
         self._clients: list[BrokerClient] = []
+        self._measurements: set[bytes] = set()
 
     def start(self) -> None:
         """Start it, at the address it had before if it had one, and wait until it answers."""
+        self._measurements |= {own_measurement(), measure_package()}
         if self._in_process:
             self._start_process()
         else:
             self._start_thread()
+        self._measurements |= {measure_package()}  # another value only while somebody edits the package
         self._port = int(self.url.rsplit(":", 1)[1])
 
     def stop(self) -> int:
@@ -87,7 +92,7 @@ class RunningBroker:
 
     def trust(self) -> Trust:
         """What a client must believe to use this broker: the soft root, and this package's measurement."""
-        return Trust(roots=Roots(soft=True), allow_soft=True)
+        return Trust(Roots(soft=True), frozenset(self._measurements), allow_soft=True)
 
     def client(
         self, *, memory: Path | None = None, clock: Callable[[], datetime] | None = None, timeout_s: float = 10.0
@@ -147,6 +152,9 @@ class RunningBroker:
                     "127.0.0.1",
                     self._port,
                     self.config,
+                    # the same measurement at every start, also while somebody edits the package
+                    attester=SoftTdxAttester(own_measurement()),
+                    sealer=SoftSealer(self.folder / PLATFORM, measurement=own_measurement()),
                     clock=self._clock,
                     say=lambda line: None,
                     ready=answers,
@@ -188,7 +196,7 @@ def running_broker(
         lease_s=lease_s,
     )
     if node_measurements is None:
-        config = replace(config, node_measurements=frozenset({measure_package()}))
+        config = replace(config, node_measurements=frozenset({own_measurement(), measure_package()}))
     broker = RunningBroker(folder, config, process=process, clock=clock)
     broker.start()
     try:
