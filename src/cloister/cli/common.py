@@ -162,7 +162,7 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
     return wrapper
 
 
-class Pair(click.ParamType):
+class Pair(click.ParamType[tuple[str, str]]):
     """NAME=VALUE."""
 
     name = "name=value"

@@ -70,7 +70,7 @@ def command(
     you.ui.say(f"measured in {human_seconds(took)}")
     if old is not None:
         lines = diff(Workload.from_bytes(read_file(old, "a workload file")), workload)
-        result["differences"] = list(lines)  # type: ignore[assignment]
+        result["differences"] = list(lines)
         you.ui.say("differences: " + ("none" if not lines else ""))
         for line in lines:
             you.ui.say(f"  {line}")

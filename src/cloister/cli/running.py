@@ -16,6 +16,7 @@ from cloister.cli.measure_ import default_python
 if TYPE_CHECKING:
     from cloister.attestation.edge.attester import Attester
     from cloister.broker.client import BrokerClient
+    from cloister.confine.launch import Level
     from cloister.node.admission import Admission
     from cloister.node.plan import Plan
 
@@ -32,7 +33,7 @@ class NodeOptions:
     python: Path | None
     env: Mapping[str, str]
     expected: Path | None
-    level: str | None
+    level: Level | None
 
 
 def node_options(function: Callable[..., R]) -> Callable[..., R]:
@@ -62,7 +63,7 @@ def node_options(function: Callable[..., R]) -> Callable[..., R]:
         python: Path | None,
         env: tuple[tuple[str, str], ...],
         expected: Path | None,
-        level: str | None,
+        level: Level | None,
         **rest: Any,
     ) -> R:
         chosen = NodeOptions(reference, paths(data, "--data"), paths(out, "--out"), python, dict(env), expected, level)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from cloister.cli.common import You, options
-from cloister.errors import DeniedError
 
 
 @click.command("why", short_help="Explain a denial.")
@@ -19,27 +18,16 @@ def command(you: You, denial: str) -> None:
       cloister why d-81c2aa03b7f1
     """
     record = you.broker().denial(denial)
-    error = record.error.as_error()
     lines = [
         f"{denial}: {record.operation} refused at {record.time:%Y-%m-%d %H:%M:%S} UTC, log entry {record.entry}",
-        f"  {error.message}",
+        f"  {record.message}",
     ]
-    lines += [f"  {reason}" for reason in error.reasons]
-    if error.hint:
-        lines.append(f"  next: {error.hint}")
-    if isinstance(error, DeniedError):
+    for one in record.reasons:
+        lines.append(f"  {one.where}: wants {one.wanted}, found {one.found}")
+        if one.hint:
+            lines.append(f"    next: {one.hint}")
+    if record.error in ("denied", "budget-spent"):
         lines.append(
             "  the contract decides this: its owners can change it (`cloister contract diff`, `cloister sign`)"
         )
-    you.ui.result(
-        {
-            "denial": denial,
-            "operation": record.operation,
-            "time": record.time.isoformat(),
-            "entry": record.entry,
-            "contract": record.contract,
-            "phase": record.phase,
-            "error": error.as_json(),
-        },
-        "\n".join(lines),
-    )
+    you.ui.result({**record.as_map(), "time": record.time.isoformat()}, "\n".join(lines))

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from cloister.attestation.edge.attester import Attester
 from cloister.attestation.events import WORKLOAD
 from cloister.attestation.events import Workload as WorkloadEvent
 from cloister.broker.client import BrokerClient, Release
+from cloister.confine.launch import Level
 from cloister.confine.probe import best_level
 from cloister.confine.profile import NAMES as PROFILES
 from cloister.confine.profile import Profile, profile
@@ -29,8 +29,6 @@ from cloister.errors import InputError, MachineError, Reason
 from cloister.node.plan import Plan
 from cloister.node.report import Report
 from cloister.node.workload import Staged, Workload, WorkloadSpec, measure, stage
-
-LEVELS: Final = ("L1", "L2", "L3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Prepared:
     workload: Workload
     staged: Staged
     profile: Profile
-    level: str
+    level: Level
     attester: Attester
 
 
@@ -75,7 +73,7 @@ def prepare(
     *,
     store: Store,
     report: Report,
-    level: str | None = None,
+    level: Level | None = None,
     expected: Workload | None = None,
 ) -> Prepared:
     """Run steps 1 to 4 and return what may be attested.
@@ -102,7 +100,7 @@ def prepare(
         )
     chosen = profile(plan.sandbox)
     reached = level or best_level()
-    if reached not in LEVELS:
+    if reached == "L0":
         raise MachineError(
             "this machine cannot confine a program",
             code="no-sandbox",

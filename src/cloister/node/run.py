@@ -34,6 +34,8 @@ from cloister.node.progress import read_line
 from cloister.node.report import BarLine, Report
 from cloister.node.volumes import mounted
 
+LEASE_LOOK_S: Final = 0.5
+"""A lost lease ends the program within this time."""
 KEPT_LINES: Final = 40
 """Lines of the program's own words that are kept in memory to explain a failure to who may see its logs."""
 
@@ -133,12 +135,12 @@ def run(
                 release.lease,
                 lambda: broker.renew(release, admission.prepared.attester).lease,
                 clock=clock,
-                on_lost=lambda error: running.kill(),
+                on_lost=lambda error: None,  # `_watch` looks, and kills from the thread that waits
             )
         )
         begin = time.perf_counter()
         with report.step("ran") as step:
-            ended, metrics, words = _watch(running, report, audience, plan)
+            ended, metrics, words = _watch(running, keeper, report, audience, plan)
             keeper.check()
             _check_inputs(volumes.faults())
             _check_exit(ended, words, audience, admission)
@@ -174,7 +176,7 @@ def job_of(
 
 
 def _watch(
-    running: Running, report: Report, audience: Audience, plan: Plan
+    running: Running, keeper: LeaseKeeper, report: Report, audience: Audience, plan: Plan
 ) -> tuple[Exit, dict[str, float], list[str]]:
     """Wait for the end; show what the audience may see. Returns the exit, last metrics, last lines."""
     metrics: dict[str, float] = {}
@@ -191,10 +193,20 @@ def _watch(
         ]
         for reader in readers:
             reader.start()
-        ended = running.wait()
+        ended = _ended(running, keeper)
         for reader in readers:
             reader.join(timeout=5)
     return ended, metrics, words
+
+
+def _ended(running: Running, keeper: LeaseKeeper) -> Exit:
+    """Wait for the end of the program, or end it when the lease is lost."""
+    while True:
+        try:
+            return running.wait(LEASE_LOOK_S)
+        except TimeoutError:
+            if keeper.lost is not None:
+                return running.kill()
 
 
 def _listen(

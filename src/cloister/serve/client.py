@@ -37,8 +37,15 @@ from cloister.broker.log.leaf import Answer as AnswerLeaf
 from cloister.broker.log.leaf import Leaf
 from cloister.broker.log.leaf import Release as ReleaseLeaf
 from cloister.broker.log.receipt import check_receipt, parse_receipt
-from cloister.broker.session import LONGEST, query_message
-from cloister.broker.wire import MEDIA_TYPE, NONCE_BYTES, Authorisation, ErrorReply, SessionStatement
+from cloister.broker.session import LONGEST
+from cloister.broker.wire import (
+    MEDIA_TYPE,
+    NONCE_BYTES,
+    Authorisation,
+    ErrorReply,
+    SessionStatement,
+    query_message,
+)
 from cloister.contract.decide import Request, State, decide
 from cloister.contract.model import Contract
 from cloister.crypto import hpke
@@ -201,7 +208,7 @@ class ServiceClient:
             reply.key,
             contract=self._contract.id,
             phase="serve",
-            request=request.digest(),
+            request=request.hashed(),
         )
         reasons = check_binding(claims, binding)
         if reasons:

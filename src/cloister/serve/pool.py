@@ -19,7 +19,7 @@ import select
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
 from cloister.confine.launch import Running
 from cloister.errors import CloisterError, MachineError, PeerError, Reason
@@ -51,6 +51,8 @@ class JailedModel:
             raise ValueError("the program needs pipes on stdin and stdout")
         self._stdin, self._stdout = running.stdin, running.stdout
         self._rest = b""
+        self._closing = threading.Lock()
+        self._closed = False
 
     def ask(self, line: bytes, timeout_s: float) -> bytes:
         deadline = monotonic() + timeout_s
@@ -71,10 +73,14 @@ class JailedModel:
         answer, _, self._rest = self._rest.partition(b"\n")
         if self._rest:
             raise PeerError("the model printed more than one line for one question", code="protocol")
-        return cast(bytes, answer)
+        return answer
 
     def close(self) -> None:
-        self._running.kill()
+        """Kill the program and everything it started; a second call does nothing."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._running.close()
 
 
 def _ended() -> MachineError:

@@ -90,7 +90,7 @@ class Service:
             self.release.keypair.public,
             contract=self.release.contract,
             phase=self.release.phase,
-            request=request.digest(),
+            request=request.hashed(),
         )
         evidence = self.attester.evidence(binding.report_data())
         return HelloReply(
@@ -175,8 +175,8 @@ def application(service: Service) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/v1/service", endpoint(service.hello, 4096), methods=["POST"]),  # type: ignore[arg-type]
-            Route("/v1/ask", endpoint(service.ask, Ask.LIMIT), methods=["POST"]),  # type: ignore[arg-type]
+            Route("/v1/service", endpoint(service.hello, 4096), methods=["POST"]),
+            Route("/v1/ask", endpoint(service.ask, Ask.LIMIT), methods=["POST"]),
             Route("/v1/health", health),
         ]
     )

@@ -1,6 +1,6 @@
 """Messages between a consumer and a query service: frozen types <-> canonical CBOR. Pure; tables in docs/serving.md.
 
-    POST /v1/service  Hello        -> HelloReply   evidence over Binding("service", nonce, key, -, contract, "serve", digest of Hello)
+    POST /v1/service  Hello        -> HelloReply   evidence over Binding("service", nonce, key, -, contract, "serve", hash of Hello)
     POST /v1/ask      Ask          -> AskReply     both sealed end to end; whoever carries them sees sizes in steps only
 
 `Ask.sealed` opens with the service's attested HPKE key under ASK_INFO || contract. `AskReply.sealed` is

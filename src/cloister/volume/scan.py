@@ -61,7 +61,9 @@ def scan(source: Path) -> Scan:
     Raises:
         InputError: code `source-unsealable`, with all findings.
     """
-    real = Path(os.path.realpath(source))
+    # Never resolved: the source may be a folder of another mount namespace (/proc/PID/fd/N), whose path means
+    # something else here. The kernel follows such a link to the folder itself.
+    real = Path(os.path.abspath(source))  # noqa: PTH100  # resolve() would leave that folder
     try:
         status = real.stat()
     except OSError as error:

@@ -151,8 +151,9 @@ class Sealer:
 
 
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:
-    real = Path(os.path.realpath(source))
-    if Path(os.path.realpath(target.parent)).is_relative_to(real):
+    # By identity, not by name: the source may be a folder that is open in another mount namespace (/proc/PID/fd/N).
+    here = Path(os.path.realpath(target.parent))
+    if source.is_dir() and any(os.path.samestat(source.stat(), folder.stat()) for folder in (here, *here.parents)):
         raise InputError(f"{target} lies in {source}: a volume cannot be sealed into its own source")
     if os.path.lexists(target):
         if not replace:

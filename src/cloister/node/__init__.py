@@ -1,0 +1,1 @@
+"""The node: inside the TEE it measures, attests, unlocks, confines, runs and seals."""
