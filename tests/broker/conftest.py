@@ -67,7 +67,11 @@ def tls_relay() -> Callable[[str], AbstractContextManager[str]]:
 
         async def both(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             far_reader, far_writer = await asyncio.open_connection(parts.hostname, parts.port, ssl=client)
-            await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+            try:
+                await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+            finally:
+                writer.transport.abort()
+                far_writer.transport.abort()
 
         ready: queue.SimpleQueue[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = queue.SimpleQueue()
 
