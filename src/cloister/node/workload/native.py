@@ -112,14 +112,17 @@ def resolve(
     moving: set[str] = set()  # host paths found through a place that moves with its file
 
     def find(name: str, host: str, elf: Elf) -> str | None:
+        nonlocal moving
         origin = posixpath.dirname(host)
-        searched = elf.runpath or (*elf.rpath, *(() if program.runpath else program.rpath))
-        places = tuple([_expand(folder, origin) for folder in searched])
+        searched = [(folder, origin) for folder in elf.runpath or elf.rpath]  # (2)
+        if not elf.runpath and not program.runpath:
+            searched += [(folder, posixpath.dirname(files[interpreter][0])) for folder in program.rpath]
+        places = tuple([_expand(*place) for place in searched])
         if (name, places) not in known:
             candidates = [f"{place}/{name}" for place in places]
-            candidates += [cache[name]] if name in cache else []
-            candidates += [f"{folder}/{name}" for folder in DEFAULT_FOLDERS[machine]]
-            if "/" in name:
+            candidates += [cache[name]] if name in cache else []  # (3)
+            candidates += [f"{folder}/{name}" for folder in DEFAULT_FOLDERS[machine]]  # (4)
+            if "/" in name:  # (1)
                 candidates = [_expand(name, origin)]
             found = None
             for candidate in candidates:
@@ -128,10 +131,9 @@ def resolve(
                     found = candidate
                     break
             known[(name, places)] = found
-            if found is not None and posixpath.dirname(found) in {
-                _expand(place, origin) for place in searched if "ORIGIN" in place
-            }:
-                moving.add(found)
+            if found is not None:
+                relative = {_expand(*place) for place in searched if "ORIGIN" in place[0]}
+                moving |= {found} if posixpath.dirname(found) in relative else set()
         return known[(name, places)]
 
     def add(name: str, host: str, asker: str) -> None:

@@ -5,7 +5,7 @@ So this module follows the rules that CPython itself follows (`Modules/getpath.p
 
   1 pyvenv.cfg   in the folder above the interpreter's; `home` names the folder of the base interpreter
   2 version      from the environment's only lib/python3.X (a venv) or from the interpreter's name
-  3 base         the first folder, upwards from `home`, that has lib/python3.X/os.py
+  3 base         the folder above `home`, or above the interpreter that it links to, that has lib/python3.X/os.py
   4 packages     lib/python3.X/site-packages of the venv; of a base interpreter used directly, its one package folder
 """
 
@@ -164,23 +164,21 @@ def _direct(path: Path) -> Environment:
 
 
 def _base(home: Path, executable: Path, version: str) -> tuple[Path, Path]:
-    """Return (base folder, standard library): getpath.py's search for the landmark os.py."""
-    starts = dict.fromkeys((home, executable.parent))
-    for start in starts:
-        for folder in (start, *start.parents):
-            for name in ("lib", "lib64"):
-                if (folder / name / f"python{version}" / "os.py").is_file():
-                    zipped = folder / name / f"python{version.replace('.', '')}.zip"
-                    if zipped.exists():
-                        raise _refuse(
-                            zipped,
-                            "a standard library in a zip file",
-                            "one in a folder",
-                            "use an interpreter that is installed normally",
-                        )
-                    return folder, folder / name / f"python{version}"
+    """Return (base folder, standard library): getpath.py's landmark os.py, without its climb up to the root."""
+    for folder in dict.fromkeys((home.parent, executable.parent.parent)):
+        for name in ("lib", "lib64"):
+            if (folder / name / f"python{version}" / "os.py").is_file():
+                zipped = folder / name / f"python{version.replace('.', '')}.zip"
+                if zipped.exists():
+                    raise _refuse(
+                        zipped,
+                        "a standard library in a zip file",
+                        "one in a folder",
+                        "use an interpreter that is installed normally",
+                    )
+                return folder, folder / name / f"python{version}"
     raise _refuse(
-        home, f"no lib/python{version}/os.py above it", "a CPython installation", "make the environment again"
+        home, f"no lib/python{version}/os.py beside it", "a CPython installation", "make the environment again"
     )
 
 

@@ -114,6 +114,7 @@ def stage(
         TamperedError: a staged file is no longer what was staged.
         MachineError: (`disk-full`) there is no room; nothing half-built is left.
     """
+    store = store.absolute()
     with _locked(store):
         runtime = _Layer(store, workload.runtime, mac_key)
         compiled = runtime.use(full) or 0
@@ -275,6 +276,7 @@ def _build_runtime(target: _Layer, spec: WorkloadSpec, jail: Jail | None, progre
         copy.run_native(environment)
         compiled = _compile(target.layer, target.layer, root, [], jail, meter)  # (3)
         target.finish(root, compiled)
+    meter.finish()
     return compiled
 
 
@@ -313,6 +315,10 @@ class _Meter:
             self._done += size
             if self._progress is not None:
                 self._progress(min(self._done, self._total), self._total)
+
+    def finish(self) -> None:
+        """Report the total: links, and sources that do not compile, were not counted."""
+        self.add(self._total)
 
 
 class _Copy:
