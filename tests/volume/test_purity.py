@@ -12,7 +12,7 @@ import cloister.volume.types
 ROOM = Path(cloister.volume.types.__file__).parent
 ALLOWED = {
     "__future__", "array", "bisect", "collections.abc", "dataclasses", "enum", "hashlib", "itertools", "struct", "sys", "typing",
-    "unicodedata", "cryptography.exceptions", "cryptography.hazmat.primitives.asymmetric.ed25519",
+    "unicodedata", "blake3", "cryptography.exceptions", "cryptography.hazmat.primitives.asymmetric.ed25519",
     "cryptography.hazmat.primitives.ciphers.aead", "cloister.crypto.keys", "cloister.errors", "cloister.volume",
     "cloister.volume.types",
 }  # fmt: skip

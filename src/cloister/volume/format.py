@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final, Literal
 
+from blake3 import blake3
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -41,7 +42,7 @@ VERSION: Final = 1
 SUITE_PLAIN: Final = 1
 """AES-256-GCM, HKDF-SHA256, Ed25519; no leaves."""
 SUITE_LEAVES: Final = 2
-"""Suite 1 and a SHA-256 leaf per record, bound by the name of the volume."""
+"""Suite 1 and a BLAKE3 leaf per record, bound by the name of the volume."""
 
 NAMED: Final = 248
 """The name of a volume is SHA-256 of this many first bytes; the wraps behind them may change."""
@@ -225,9 +226,14 @@ def decode_head(data: bytes, *, name: str = "volume") -> Head:
     )
 
 
+def leaf(record: bytes | memoryview) -> bytes:
+    """Leaf of one record as it is stored, 32 bytes: BLAKE3 (O'Connor et al., 2020, default mode)."""
+    return blake3(record).digest()
+
+
 def leaves_node(leaves: bytes) -> bytes:
-    """Node of one segment: SHA-256 of a label and its leaves (32 bytes each, in the order of records)."""
-    return hashlib.sha256(b"cloister/volume/leaves/1\x00" + leaves).digest()
+    """Node of one segment: BLAKE3 of a label and its leaves (32 bytes each, in the order of records)."""
+    return blake3(b"cloister/volume/leaves/1\x00" + leaves).digest()
 
 
 # --- manifest ---

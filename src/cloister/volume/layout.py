@@ -4,7 +4,7 @@ Format: docs/format/volume-v1.md 2. Two spaces and their pictures::
 
     linear space (plaintext)     file, 4 KiB steps | file | ... | zeros up to data_len, a padded multiple of 64 KiB
     stored (one file a segment)  record 0 | record 1 | ... | record 1,023 | with leaves: leaf 0 | leaf 1 | ...
-                                 record = 65,536 bytes of ciphertext + 16 bytes of tag; leaf = SHA-256 of the record
+                                 record = 65,536 bytes of ciphertext + 16 bytes of tag; leaf = BLAKE3 of the record
 
     linear offset  ->  record = offset // 65,536  ->  segment = record // 1,024, place in it = record % 1,024
 
@@ -25,7 +25,7 @@ TAG: Final = 16
 RECORD: Final = CHUNK + TAG
 
 LEAF: Final = 32
-"""SHA-256 of one record; also the size of a node, the digest of one segment's leaves."""
+"""BLAKE3 of one record; also the size of a node, the digest of one segment's leaves."""
 
 RECORDS_PER_SEGMENT: Final = 1024
 """64 MiB an object: one range request of an object store, 2^22 AES blocks per key (GCM's birthday bound: 2^-85)."""

@@ -468,7 +468,7 @@ class Volume:
                     "its leaves are not what was sealed", where, "other bytes", "the sealed ones"
                 )
             self._leaves[segment] = leaves
-        return hashlib.sha256(sealed).digest() == leaves[place * layout.LEAF : (place + 1) * layout.LEAF]
+        return fmt.leaf(sealed) == leaves[place * layout.LEAF : (place + 1) * layout.LEAF]
 
     def _broken_record(self, record: int, found: str) -> TamperedError:
         segment, place = divmod(record, layout.RECORDS_PER_SEGMENT)

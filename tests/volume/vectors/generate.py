@@ -54,7 +54,9 @@ def make_bases(place: Path) -> dict[str, str]:
             ("leaves-2", large, 2, True),
         ):
             sealer = Sealer(insecure_random=repeatable(name))
-            sealed = sealer.seal(source, place / name, key=KEY, generation=generation, volume_id=ID, audited=audited)
+            sealed = sealer.seal(
+                source, place / name, key=KEY, generation=generation, volume_id=ID, audited=audited, replace=True
+            )
             digests[name] = sealed.digest
     return digests
 
