@@ -12,7 +12,6 @@ quote comes from the TDX module instead. `--json` prints one line per figure: fi
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -28,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cloister.attestation.edge.attester import SoftTdxAttester
 from cloister.attestation.events import WORKLOAD, Workload
 from cloister.broker.client import own_measurement
+from cloister.confine.profile import profile
 from cloister.contract.edge import Signer
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret, digest
@@ -81,7 +81,7 @@ def prepare(broker: RunningBroker) -> str:
 
 def node() -> SoftTdxAttester:
     attester = SoftTdxAttester(own_measurement())
-    attester.extend(WORKLOAD, Workload(CODE, "offline", hashlib.sha256(b"offline").digest(), "L1").encode())
+    attester.extend(WORKLOAD, Workload(CODE, "offline", profile("offline").digest(), "L1").encode())
     return attester
 
 

@@ -79,6 +79,8 @@ class Job:
         self.story = Story()
         self.scripts = HERE / "examples" / self.example
         self.environment = {**SOFT, "CLOISTER_BROKER": ""}
+        self.python = PYTHON
+        self.digests: dict[str, str] = {}
         self.figures: list[tuple[str, str, str]] = []
 
     def party(self, name: str) -> Party:
@@ -281,9 +283,9 @@ class Job:
             with story.chapter("1  keys, and a broker that everybody attests"):
                 fingerprints = self.keys_and_broker()
             with story.chapter(f"2  the hospital seals {self.about}; the vendor measures its script"):
-                digests = self.seal_and_measure()
+                self.digests = self.seal_and_measure()
             with story.chapter("3  one contract, checked, explained, signed by both owners"):
-                file = self.agree(fingerprints, digests)
+                file = self.agree(fingerprints, self.digests)
             with story.chapter("4  the cloud trains: evidence, release, mount, jail, sealed model"):
                 self.train(file)
             with story.chapter("5  the clinic asks: labels only, counted down, refused when spent"):

@@ -18,6 +18,7 @@ from cloister.attestation.evidence import encode as encode_evidence
 from cloister.attestation.roots import Roots
 from cloister.broker import wire
 from cloister.broker.client import BrokerClient, Release, Trust, own_measurement
+from cloister.confine.profile import profile
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret, digest, mac
 from cloister.errors import DeniedError, EvidenceError, InputError, PeerError, WaitingError
@@ -142,7 +143,7 @@ def test_request_changed_after_the_evidence(scene: Scene) -> None:
 
 def test_debug_td(scene: Scene) -> None:
     attester = SoftTdxAttester(own_measurement(), debug=True)
-    attester.extend(WORKLOAD, Workload(TRAINER, "offline", bytes(32), "L1").encode())
+    attester.extend(WORKLOAD, Workload(TRAINER, "offline", profile("offline").digest(), "L1").encode())
     with pytest.raises(EvidenceError) as refused:
         forge(scene, attester=attester)
     assert any("debug" in str(reason) for reason in refused.value.reasons)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,6 +13,7 @@ from cloister.attestation.binding import Binding
 from cloister.attestation.events import Workload
 from cloister.broker import decide, session, wire
 from cloister.broker.life import NEXT, Event, State, after, on
+from cloister.confine.profile import Limits, profile
 from cloister.contract.parse import parse
 from cloister.crypto import hpke
 from cloister.errors import DeniedError, EvidenceError, InputError, WaitingError
@@ -25,7 +25,7 @@ CONTRACT = parse(WORLD.contract(), name="test.toml")
 PAIR = hpke.KeyPair.generate()
 ASK = wire.ReleaseAsk(CONTRACT.id, "train", ("xrays",), ("detector",))
 BINDING = Binding("release", b"\x01" * 32, PAIR.public, b"\x02" * 32, CONTRACT.id, "train", ASK.hashed())
-WORKLOAD = Workload(TRAINER, "offline", hashlib.sha256(b"offline").digest(), "L1")
+WORKLOAD = Workload(TRAINER, "offline", profile("offline").digest(), "L1")
 KNOWN = decide.Known(CONTRACT, frozenset({"hospital", "vendor"}), State.ACTIVE)
 DEPOSIT = decide.Deposit(WORLD.hospital.key.fingerprint, 1, VOLUME_ID)
 HOLDINGS = decide.Holdings({XRAYS: (DEPOSIT,)}, {})
@@ -277,3 +277,31 @@ def test_session_with_another_signature_reports_everything() -> None:
     assert len(wheres) == 4
     with pytest.raises(ValueError, match="time zone"):
         session.check(given, contract=CONTRACT.id, service=SERVICE, now=NOW.astimezone(UTC).replace(tzinfo=None))
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "level", "tee", "where"),
+    [
+        ("offline", "L1", "tdx", None),
+        ("one-shot", "L1", "tdx", "workload.level"),
+        ("one-shot", "L2", "tdx", None),
+        ("sealed", "L2", "tdx", "workload.level"),
+        ("sealed", "L3", "tdx", None),
+        ("sealed", "L2", "soft-tdx", None),
+        ("sealed", "L1", "soft-tdx", "workload.level"),
+        ("made-up", "L3", "tdx", "workload.sandbox"),
+        ("none", "L1", "tdx", None),
+    ],
+)
+def test_a_sandbox_needs_its_level(sandbox: str, level: str, tee: str, where: str | None) -> None:
+    known = sandbox in ("offline", "one-shot", "sealed")
+    workload = Workload(TRAINER, sandbox, profile(sandbox).digest() if known else bytes(32), level)
+    found = [reason.where for reason in decide.confinement(workload, replace(soft_claims(), tee=tee))]
+    assert found == ([] if where is None else [where])
+
+
+@pytest.mark.parametrize("weaker", [profile("offline", loopback=True), profile("offline", limits=Limits(wall_s=9))])
+def test_a_weaker_jail_under_the_same_name_is_refused(weaker: Any) -> None:
+    workload = Workload(TRAINER, "offline", weaker.digest(), "L2")
+    (reason,) = decide.confinement(workload, soft_claims())
+    assert (reason.where, reason.wanted) == ("workload.profile", profile("offline").digest().hex())

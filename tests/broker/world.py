@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -12,6 +11,7 @@ from cloister.attestation.edge.attester import SoftTdxAttester
 from cloister.attestation.events import WORKLOAD, Workload
 from cloister.broker import wire
 from cloister.broker.client import BrokerClient, Release, own_measurement
+from cloister.confine.profile import profile
 from cloister.contract.edge import Signer
 from cloister.crypto.keys import Secret, digest
 
@@ -113,7 +113,9 @@ def node(
 ) -> SoftTdxAttester:
     """A soft node that has measured its workload."""
     attester = SoftTdxAttester(own_measurement() if measurement is None else measurement)
-    attester.extend(WORKLOAD, Workload(code, sandbox, hashlib.sha256(sandbox.encode()).digest(), level).encode())
+    attester.extend(
+        WORKLOAD, Workload(code, sandbox, bytes(32) if sandbox == "none" else profile(sandbox).digest(), level).encode()
+    )
     return attester
 
 

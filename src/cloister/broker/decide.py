@@ -7,7 +7,8 @@ of all steps that could be judged:
   2 authentic  attestation.verify: vendor's chain, signature, event log            stops: nothing else is known then
   3 bound      report data == Binding(purpose, nonce, key, our TLS key, contract, phase, digest of the request)
   4 software   `mrtd` is an accepted node measurement; an empty list accepts nothing
-  5 workload   exactly one workload event: code digest, sandbox, profile, level
+  5 workload   exactly one workload event: code digest, sandbox, profile, level; the profile is this software's own of
+               that name, and the level is one that the sandbox needs
   6 lease      (renew only) known, live, same key, same workload
   7 contract   known and active; contract.decide for every asset to read and to write: expiry, signatures, code,
                sandbox, asset, place
@@ -40,6 +41,8 @@ from cloister.attestation.verify import verify
 from cloister.broker import wire
 from cloister.broker.life import State as Life
 from cloister.broker.life import on as state_on
+from cloister.confine.profile import NAMES as PROFILES
+from cloister.confine.profile import profile
 from cloister.contract.decide import Request, State
 from cloister.contract.decide import decide as decide_contract
 from cloister.contract.model import NOBODY, Contract
@@ -241,6 +244,7 @@ def _judge(
     workload: Workload | None = None
     try:
         workload = workload_of(claims)  # 5
+        unacceptable += confinement(workload, claims)
     except EvidenceError as error:
         unacceptable += error.reasons
     denied = list(asked)
@@ -292,6 +296,34 @@ def _software(claims: Claims, trusted: Trusted) -> Policy:
         tcb_statuses=frozenset({claims.tcb_status}) - {""},
         reference_values={"mrtd": trusted.node_measurements},
     )
+
+
+_LEAST_LEVEL: Final = {"offline": "L1", "one-shot": "L2", "sealed": "L3"}
+"""The weakest jail for each sandbox: L1 lacks Landlock, L2 is the full jail on a plain host, L3 inside a VM TEE."""
+
+
+def confinement(workload: Workload, claims: Claims) -> list[Reason]:
+    """Return why the jail that the node measured is not the one that its sandbox name promises (part of step 5).
+
+    A profile with other limits or rules has another digest, so a weaker one is refused however it calls itself. A soft
+    TEE has no L3: where a contract names it, it may run `sealed` code at L2, which protects as little as the rest.
+    """
+    if workload.sandbox == "none":  # the contract's parties agreed to no confinement (contract.decide compares names)
+        return []
+    if workload.sandbox not in PROFILES:
+        return [Reason("workload.sandbox", workload.sandbox, " or ".join(PROFILES))]
+    reasons = []
+    wanted = profile(workload.sandbox).digest()
+    if workload.profile != wanted:
+        hint = "the node runs another version of the software, or a weaker jail under this name"
+        reasons.append(Reason("workload.profile", workload.profile.hex(), wanted.hex(), hint))
+    least = _LEAST_LEVEL[workload.sandbox]
+    if claims.soft and least == "L3":
+        least = "L2"
+    if workload.level < least:  # L1 < L2 < L3 as text
+        hint = "`cloister doctor` on the node says what is missing for a better level"
+        reasons.append(Reason("workload.level", workload.level, f"{least} or better for '{workload.sandbox}'", hint))
+    return reasons
 
 
 def _same_lease(held: LeaseFacts, binding: Binding, workload: Workload | None, now: datetime) -> list[Reason]:

@@ -30,6 +30,7 @@ from cloister.attestation.roots import Roots
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.types import Claims, Event, Evidence, Policy
 from cloister.attestation.verify import verify
+from cloister.confine.profile import profile
 
 __all__ = [
     "MEASUREMENT",
@@ -54,9 +55,13 @@ STATUSES: Final = soft_tdx.STATUSES
 
 
 def workload(**fields: Any) -> Workload:
-    """Return a workload that names code `sha256:11..`, sandbox `offline` at L1; `fields` override."""
-    values = {"code": "sha256:" + "11" * 32, "sandbox": "offline", "profile": b"\x22" * 32, "level": "L1"}
-    return Workload(**(values | fields))
+    """Return a workload that names code `sha256:11..`, sandbox `offline` at L1; `fields` override.
+
+    The profile is this software's own of the sandbox named, unless `profile` is given.
+    """
+    values: dict[str, Any] = {"code": "sha256:" + "11" * 32, "sandbox": "offline", "level": "L1"} | fields
+    values.setdefault("profile", profile(values["sandbox"]).digest())
+    return Workload(**values)
 
 
 def binding(**fields: Any) -> Binding:
