@@ -3,7 +3,7 @@
 Before the first question leaves, in this order:
 
   1 evidence   authentic, and bound to a fresh nonce, the service's HPKE key, this contract and phase `serve`
-  2 contract   the measured workload, its sandbox and the platform are what the contract wants, and the contract lets
+  2 contract   the measured workload, its jail and the platform are what the contract wants, and the contract lets
                this consumer ask (`contract.decide`, the engine that the broker uses)
   3 receipt    the broker, which was attested too, logged a release for exactly this key, contract and code
   4 session    the consumer's SSH key signs once: this session key may ask this service until then
@@ -33,6 +33,7 @@ from cloister.attestation.events import workload_of
 from cloister.attestation.types import Claims
 from cloister.attestation.verify import verify
 from cloister.broker.client import BrokerClient, Signer, Trust
+from cloister.broker.decide import confinement
 from cloister.broker.log.leaf import Answer as AnswerLeaf
 from cloister.broker.log.leaf import Leaf
 from cloister.broker.log.leaf import Release as ReleaseLeaf
@@ -234,10 +235,11 @@ class ServiceClient:
             State(signed=self._contract.signers),
             reference_values=dict(self._trust.policy().reference_values),
         )
-        if not decision.allowed:
+        reasons = (*confinement(workload, claims), *decision.reasons)
+        if reasons:
             raise DeniedError(
                 f"the service at {self.url} is not what the contract wants; nothing was sent to it",
-                reasons=decision.reasons,
+                reasons=reasons,
             )
         leaf, _ = self._receipt(reply.receipt)  # 3
         found = (leaf.contract, leaf.phase, leaf.code, leaf.hpke_key) if isinstance(leaf, ReleaseLeaf) else type(leaf)
