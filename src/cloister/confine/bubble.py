@@ -162,7 +162,9 @@ def accesses(job: Job, machine: Machine) -> tuple[Access, ...]:
         found.append(Access(bind.target, rights, folder))
     found += [Access(path, landlock.READ) for path in ("/etc", "/proc", "/sys")]
     found += [Access(f"/dev/{device}", landlock.DEVICE, folder=False) for device in DEVICES]
-    found += [Access("/dev", landlock.READ_DIR), Access("/out", landlock.READ_DIR)]
+    # Listing is allowed everywhere: Python's importer lists the parents of what is bound, and only the job's own
+    # files exist here.
+    found.append(Access("/", landlock.READ_DIR))
     found += [Access("/dev/shm", landlock.WRITE), Access("/tmp", landlock.SCRATCH)]  # noqa: S108 -- in the jail
     found += [Access(f"/out/{name}", landlock.WRITE) for name in sorted(job.outputs)]
     return tuple(found)

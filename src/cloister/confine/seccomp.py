@@ -83,6 +83,14 @@ _RELAXED: Final = """
 RELAXED: Final = frozenset(_RELAXED.split())
 """What ordinary programs also use. Each can signal between jails or tell about the machine, so `sealed` lacks them."""
 
+_PRIVILEGED: Final = """
+chown fchown lchown fchownat setuid setgid setreuid setregid setresuid setresgid setfsuid setfsgid setgroups capset
+mknod mknodat setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat chroot mount
+umount2 ptrace unshare setns sethostname setdomainname sched_setscheduler sched_setparam sched_setattr ioprio_set
+"""
+PRIVILEGED: Final = frozenset(_PRIVILEGED.split())
+"""Calls that ordinary programs try and expect EPERM from (`cp -p`, `tar`, `nice`); ENOSYS would break their fallback."""
+
 CLONE_FORBIDDEN: Final = 0x7E020080
 """CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (linux/sched.h)."""
 
@@ -144,6 +152,8 @@ def constants(profile: Profile) -> dict[str, int]:
         fixed[call] = _errno(errno.EOPNOTSUPP)
     if profile.strict:
         fixed |= {"flock": SUCCESS, "fadvise64": SUCCESS}
+    else:
+        fixed |= dict.fromkeys(PRIVILEGED, _errno(errno.EPERM))
     return fixed
 
 

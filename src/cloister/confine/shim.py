@@ -12,9 +12,9 @@ loader and no allocation, and starts in well under a millisecond. It runs, each 
   4 streams      0, 1, 2 from the launcher's descriptors or /dev/null; status pipe to 3, close-on-exec; all others closed
   5 files        Landlock rules, then restrict
   6 calls        seccomp filter, without SPEC_ALLOW: speculation mitigations stay on
-  7 exec         one byte 0x01 into the status pipe, then execve; status closes by itself
+  7 exec         one byte `READY` into the status pipe, then execve; status closes by itself
 
-A failure writes 8 bytes (step u32, errno u32, little-endian) into the status pipe and exits with 125.
+A failure writes 12 bytes (`fail`, step u32, errno u32, little-endian) into the status pipe and exits with 125.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from cloister.confine.syscalls import NUMBERS, Arch
 
 FAILED: Final = 125
 STATUS_FD: Final = 3
+READY: Final = b"r"
+REPORT: Final = struct.Struct("<4sII")
 
 _AT_FDCWD: Final = -100 & 0xFFFFFFFFFFFFFFFF
 _O_WRONLY: Final = 1
@@ -117,7 +119,7 @@ def build(orders: Orders, arch: Arch) -> Program:
         ValueError: an architecture without an assembler here.
     """
     data = _Data()
-    report = data.add(bytes(8))
+    report = data.add(REPORT.pack(b"fail", 0, 0))
     calls = _calls(orders, data)
     if arch == "x86_64":
         code = _assemble_x86_64(calls, report)
@@ -201,7 +203,7 @@ def _calls(orders: Orders, data: _Data) -> list[Call]:
         call("close the Landlock ruleset", "close", Saved(1))
     argv = data.pointers(orders.argv)
     environment = data.pointers([f"{name}={value}" for name, value in orders.environment.items()])
-    ready = data.add(b"\x01", 1)
+    ready = data.add(READY, 1)
     if orders.seccomp is not None:  # 6
         program = data.add(orders.seccomp)
         header = data.add(struct.pack("<HxxxxxxQ", len(orders.seccomp) // 8, program))
@@ -237,12 +239,12 @@ def _x86_call(name: str, arguments: Sequence[int | Saved]) -> bytes:
 
 
 def _assemble_x86_64(calls: Sequence[Call], report: int) -> bytes:
-    # On failure: mov [report], ebp; mov [report + 4], eax (as -errno); write it; exit_group.
-    tail = b"\x89\x2c\x25" + struct.pack("<I", report) + b"\xf7\xd8\x89\x04\x25" + struct.pack("<I", report + 4)
+    # On failure: mov [report + 4], ebp; mov [report + 8], eax (as -errno); write it; exit_group.
+    tail = b"\x89\x2c\x25" + struct.pack("<I", report + 4) + b"\xf7\xd8\x89\x04\x25" + struct.pack("<I", report + 8)
     # The report goes wherever the status pipe stands: its original number until step 4, then 3. Both are tried.
     status = _status_fd(calls)
     for fd in (status, STATUS_FD):
-        tail += _x86_call("write", (fd, report, 8))
+        tail += _x86_call("write", (fd, report, REPORT.size))
     tail += _x86_call("exit_group", (FAILED,))
     blocks = []
     for number, call in enumerate(calls):
@@ -292,10 +294,10 @@ def _arm_call(name: str, arguments: Sequence[int | Saved]) -> bytes:
 
 
 def _assemble_aarch64(calls: Sequence[Call], report: int) -> bytes:
-    tail = _arm_store(28, report) + struct.pack("<I", 0x4B0003E0) + _arm_store(0, report + 4)  # neg w0, w0
+    tail = _arm_store(28, report + 4) + struct.pack("<I", 0x4B0003E0) + _arm_store(0, report + 8)  # neg w0, w0
     status = _status_fd(calls)
     for fd in (status, STATUS_FD):
-        tail += _arm_call("write", (fd, report, 8))
+        tail += _arm_call("write", (fd, report, REPORT.size))
     tail += _arm_call("exit_group", (FAILED,))
     blocks = []
     for number, call in enumerate(calls):
