@@ -64,6 +64,13 @@ def test_known_bytes_of_an_app_layer() -> None:
     assert layer.size_bytes == 3
 
 
+def test_worked_example_of_the_documentation() -> None:
+    content = b"print(1)\n"
+    layer = app(Row("/app/train.py", Kind.FILE, len(content), hashlib.sha256(content).digest()))
+    page = (Path(__file__).resolve().parents[3] / "docs" / "workload.md").read_text()
+    assert f"takes {len(layer.encoded)} bytes and has the digest\n`{layer.digest}`" in page
+
+
 def test_digest_is_of_the_head() -> None:
     head = cbor_decode(WORKLOAD.head)
     assert head == {

@@ -291,21 +291,25 @@ def test_interrupted_staging_leaves_nothing(store: Store, after: float) -> None:
     store.stage(workload)
 
 
-def test_full_disk_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("budget", [0, 3, 12, 26])
+def test_full_disk_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     workload = store.world.measure()
-    real, budget = os.fchmod, [12]
+    real, left = os.write, [budget]
 
-    def full(descriptor: int, mode: int) -> None:
-        budget[0] -= 1
-        if budget[0] < 0:
-            raise OSError(28, "No space left on device")
-        real(descriptor, mode)
+    def full(descriptor: int, data: bytes) -> int:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+        return real(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fchmod", full)
-        with pytest.raises((MachineError, InputError)):
+        patch.setattr(os, "write", full)
+        with pytest.raises(MachineError) as caught:
             store.stage(workload)
-    assert not list(store.path.glob("*-*"))
+    assert caught.value.code == "disk-full"
+    assert not list(store.path.glob("tmp-*"))
+    assert not list(store.path.glob("app-*"))
     store.stage(workload)
 
 
