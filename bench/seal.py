@@ -4,9 +4,13 @@
 
 A is `cp -r`, B `seal` without leaves, C `seal` with leaves (the default); they take turns, so that a noisy neighbour hits all of
 them, and each figure is a ratio of medians, t(cp) / t(seal): 1 means as fast as `cp`. Sources are one file of random bytes, and a
-tree of files in 200 folders with log-normal sizes (mean 32 KiB). Everything lies in memory (tmpfs): no disk is measured,
-and fsync costs nothing. Caveat: the first use of a page of a virtual machine is slow on some hosts, which flatters `seal`;
-a first, unmeasured round takes most of that away. Needs about three times --size-mb of memory.
+tree of files in 200 folders with log-normal sizes (mean 32 KiB). Last, the sealed file is read into one buffer: without an audit, with it, and
+checked without a key; t(read) / t(audited read) and t(read) / t(check), which have no target.
+
+Everything lies in memory (tmpfs): no disk is measured. `seal` makes every file durable and `cp` none; in memory that costs neither of
+them anything, on a disk (--folder) it costs `seal` only, so there the figures are no comparison. Caveat: the first use of a page of a
+virtual machine is slow on some hosts, which flatters `seal`; a first, unmeasured round takes most of that away. On a busy machine
+run it several times and take the rounds with the fastest `cp`. Needs about three times --size-mb of memory.
 """
 
 from __future__ import annotations
@@ -21,15 +25,19 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from cloister.crypto.keys import Secret
+from cloister.volume.check import check
+from cloister.volume.read import Volume
 from cloister.volume.seal import seal
 
 TARGET = 0.5
 FOLDERS = 200
 MEAN_BYTES = 32 * 1024
+WINDOW = 1 << 20
 
 
 def make_big(path: Path, size: int) -> None:
@@ -58,21 +66,61 @@ def seconds(run: Callable[[Path], object], target: Path) -> float:
     return spent
 
 
-def compare(source: Path, target: Path, rounds: int) -> dict[str, float]:
-    """Median seconds of each side over alternating rounds."""
+def take_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median seconds of each side over alternating rounds; the first round does not count."""
+    spent: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(rounds + 1):
+        for side, run in sides.items():
+            once = run()
+            if number:
+                spent[side].append(once)
+    return {side: statistics.median(times) for side, times in spent.items()}
+
+
+def sealing(source: Path, target: Path, rounds: int) -> dict[str, float]:
+    """Median seconds of `cp` and of both kinds of seal."""
     key = Secret.random()
     sides: dict[str, Callable[[Path], object]] = {
         "cp": lambda to: subprocess.run(["cp", "-r", str(source), str(to)], check=True),
         "plain": lambda to: seal(source, to, key=key, audited=False),
         "leaves": lambda to: seal(source, to, key=key, audited=True),
     }
-    spent: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds + 1):
-        for side, run in sides.items():
-            once = seconds(run, target)
-            if number:
-                spent[side].append(once)
-    return {side: statistics.median(times) for side, times in spent.items()}
+    return take_turns({side: partial(seconds, run, target) for side, run in sides.items()}, rounds)
+
+
+def reading(source: Path, target: Path, rounds: int) -> dict[str, float]:
+    """Median seconds of reading all of the sealed `source`, of reading it audited, and of checking it without a key."""
+    key = Secret.random()
+    digest = seal(source, target, key=key).digest
+    buffer = memoryview(bytearray(WINDOW))
+
+    def read(*, audit: bool) -> float:
+        start = time.perf_counter()
+        with Volume.open(target, key, expect=digest, audit=audit) as volume:
+            for offset in range(0, volume.data_len, WINDOW):
+                volume.read_into(offset, buffer[: volume.data_len - offset])
+        return time.perf_counter() - start
+
+    def check_all() -> float:
+        start = time.perf_counter()
+        check(target, expect=digest)
+        return time.perf_counter() - start
+
+    sides: dict[str, Callable[[], float]] = {
+        "read": partial(read, audit=False),
+        "audit": partial(read, audit=True),
+        "check": check_all,
+    }
+    median = take_turns(sides, rounds)
+    shutil.rmtree(target)
+    return median
+
+
+def show(figure: str, value: float, target: float | None, text: str, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"figure": figure, "value": round(value, 3), "target": target, "unit": "ratio"}), flush=True)
+    else:
+        print(f"{figure}: {value:.2f} ({text}), target {target}", flush=True)
 
 
 def main() -> None:
@@ -82,23 +130,24 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--json", action="store_true", help="one line per figure: {figure, value, target}")
+    parser.add_argument("--json", action="store_true", help="one line per figure: {figure, value, target, unit}")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
         make_big(Path(place, "big"), arguments.size_mb << 20)
         make_tree(Path(place, "tree"), arguments.files)
+        where = Path(place, "out")
         for source in ("big", "tree"):
-            median = compare(Path(place, source), Path(place, "out"), arguments.rounds)
+            median = sealing(Path(place, source), where, arguments.rounds)
             for side in ("plain", "leaves"):
-                value = round(median["cp"] / median[side], 3)
+                text = f"{median[side]:.3f} s, cp {median['cp']:.3f} s"
                 figure = f"seal.{source}.{side}.{arguments.cores}core"
-                if arguments.json:
-                    print(json.dumps({"figure": figure, "value": value, "target": TARGET}))
-                else:
-                    print(
-                        f"{figure}: {value:.2f} of cp ({median[side]:.3f} s, cp {median['cp']:.3f} s), target {TARGET}"
-                    )
+                show(figure, median["cp"] / median[side], TARGET, text, as_json=arguments.json)
+        median = reading(Path(place, "big"), where, arguments.rounds)
+        for side in ("audit", "check"):
+            text = f"{median[side]:.3f} s, read {median['read']:.3f} s"
+            figure = f"read.big.{side}.{arguments.cores}core"
+            show(figure, median["read"] / median[side], None, text, as_json=arguments.json)
 
 
 if __name__ == "__main__":

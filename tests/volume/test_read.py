@@ -399,7 +399,7 @@ def test_what_is_no_volume_is_an_input_error(tmp_path: Path) -> None:
 def test_more_segments_than_descriptors_are_kept_are_read_too(
     sealed: tuple[Path, Sealed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloister.volume.read._KEEP_OPEN", 0)
+    monkeypatch.setattr("cloister.volume.stored._KEEP_OPEN", 0)
     assert outcome(sealed[0], sealed[1].digest, audit=True) == FILES
 
 

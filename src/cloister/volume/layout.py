@@ -119,3 +119,9 @@ class Layout:
 def segment_name(segment: int) -> str:
     """File name of a segment below `data/`: eight decimal digits."""
     return f"{segment:08d}"
+
+
+def record_name(record: int) -> str:
+    """How findings name a record: its segment and its place in it."""
+    segment, place = divmod(record, RECORDS_PER_SEGMENT)
+    return f"data/{segment_name(segment)}.record {place}"
