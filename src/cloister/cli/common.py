@@ -94,6 +94,7 @@ class You:
                 hint="set CLOISTER_BROKER, or start one with `cloister up`",
             )
         client = BrokerClient.connect(self.broker_url, trust=self.trust(), memory=self.home / "brokers.json", clock=now)
+        click.get_current_context().call_on_close(client.close)
         if client.broker.soft:
             self.ui.warn(f"the broker shows {SOFT_NOTE}")
         return client

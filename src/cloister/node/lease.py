@@ -5,7 +5,8 @@
     HELD --refused--> LOST        the contract was revoked or the evidence is no longer acceptable
     HELD --expired--> LOST        the broker stayed silent for the rest of the lease
 
-LOST is final: `on_lost` runs once, in the keeper's thread, with the error that says why.
+LOST is final: `on_lost` runs once, in a thread of the keeper, with the error that says why. The end of the lease is
+watched by a thread of its own: a broker that accepts a renewal and never answers it gains no second.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cloister.errors import CloisterError, MachineError, PeerError, Reason
 
 _RETRY_FIRST_S: Final = 1.0
 _RETRY_MOST_S: Final = 30.0
+_LOOK_S: Final = 1.0
 
 
 class Renewable(Protocol):
@@ -50,22 +52,29 @@ class LeaseKeeper:
         self._clock = clock
         self._on_lost = on_lost
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        self._losing = threading.Lock()
+        self._failed: CloisterError | None = None
+        self._threads = [
+            threading.Thread(target=self._run, name="lease", daemon=True),
+            threading.Thread(target=self._watch, name="lease-end", daemon=True),
+        ]
         self.lost: CloisterError | None = None
         self.renewals = 0
 
     def __enter__(self) -> LeaseKeeper:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """End the thread; a renewal under way is awaited for at most ten seconds."""
+        """End the threads; a renewal under way is awaited for at most ten seconds."""
         self._stop.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=10)
+        for thread in self._threads:
+            if thread.is_alive() and threading.current_thread() is not thread:
+                thread.join(timeout=10)
 
     def check(self) -> None:
         """Raise the error that ended the lease, if it has ended."""
@@ -75,29 +84,50 @@ class LeaseKeeper:
     def _run(self) -> None:
         pause = _RETRY_FIRST_S
         wake = self._lease.renew_after
-        while not self._stop.wait(max((wake - self._clock()).total_seconds(), 0.0)):
+        while not self._stop.wait(max((wake - self._clock()).total_seconds(), 0.0)) and self.lost is None:
             try:
                 self._lease = self._renew()
             except PeerError as error:
-                now = self._clock()
-                if now >= self._lease.expires:
-                    self._lose(error, "the broker did not answer until the lease ended")
-                    return
-                wake = min(now + timedelta(seconds=pause), self._lease.expires)
+                self._failed = error
+                wake = self._clock() + min(timedelta(seconds=pause), self._left() / 2)
                 pause = min(pause * 2, _RETRY_MOST_S)
             except CloisterError as error:
                 self._lose(error, "the broker refused to renew the lease")
                 return
             else:
                 self.renewals += 1
+                self._failed = None
                 pause = _RETRY_FIRST_S
-                wake = self._lease.renew_after
+                # a clock that is ahead of the broker's finds every renewal late; that is no reason to hammer the broker
+                wake = max(self._lease.renew_after, self._clock() + self._left() / 4)
+
+    def _left(self) -> timedelta:
+        """What is left of the lease, at least a tenth of a second."""
+        return max(self._lease.expires - self._clock(), timedelta(seconds=0.1))
+
+    def _watch(self) -> None:
+        """Wait for the end of the lease, which every renewal moves."""
+        while (left := (self._lease.expires - self._clock()).total_seconds()) > 0:
+            # looked at again now and then: the clock may be set, and a renewal moves the end
+            if self._stop.wait(min(left, _LOOK_S)):
+                return
+        ends, clock = f"{self._lease.expires:%Y-%m-%d %H:%M:%S} UTC", f"{self._clock():%Y-%m-%d %H:%M:%S} UTC"
+        silent = PeerError(
+            "no renewal came in time",
+            code="broker-unreachable",
+            reasons=[Reason("lease", f"it ended {ends}, the clock here says {clock}", "a renewal before its end")],
+            hint="is the broker reachable, and do both clocks agree? nothing was sealed",
+        )
+        self._lose(self._failed or silent, "the broker did not answer until the lease ended")
 
     def _lose(self, cause: CloisterError, what: str) -> None:
-        self.lost = MachineError(
-            f"{what}; the program is stopped and its keys are dropped",
-            code="lease-lost",
-            reasons=cause.reasons or (Reason("lease", cause.message, "a renewal"),),
-            hint=cause.hint or "`cloister status` shows what changed; nothing was sealed",
-        )
+        with self._losing:
+            if self.lost is not None or self._stop.is_set():
+                return
+            self.lost = MachineError(
+                f"{what}; the program is stopped and its keys are dropped",
+                code="lease-lost",
+                reasons=cause.reasons or (Reason("lease", cause.message, "a renewal"),),
+                hint=cause.hint or "`cloister status` shows what changed; nothing was sealed",
+            )
         self._on_lost(self.lost)

@@ -13,6 +13,7 @@ So there is always exactly one volume on disk with the registered digest, and a 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,7 +37,12 @@ def _digest(path: Path) -> str | None:
 
 
 def _waiting(target: Path) -> list[Path]:
-    return sorted(target.parent.glob(f"{target.name}.next-*")) if target.parent.is_dir() else []
+    """New generations beside `target`: folders `<target>.next-<number>`, and nothing else that is named alike."""
+    name = re.compile(re.escape(target.name) + r"\.next-[0-9]+", re.ASCII)
+    try:
+        return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name) and path.is_dir())
+    except OSError:
+        return []  # opening the target itself says what is wrong there
 
 
 def current(target: Path, digest: str) -> Path:

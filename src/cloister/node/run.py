@@ -4,22 +4,21 @@
         any of them, on a signal, a refusal, out of memory, a full disk, a lost lease -> STOPPED
 
 In STOPPED every process of the jail is dead, mounts are gone, keys are dropped, and the sealed outputs on disk are
-exactly what they were before. Between SEALED and REGISTERED the new generation exists on disk but is not the current
-one; if registering fails, the old volume is put back.
+exactly what they were before. Every output is checked and sealed before the first one is registered; between SEALED and
+REGISTERED the new generations exist on disk but are not the current ones, and if registering is refused they are dropped.
+A signal waits while outputs are registered and swapped in, which takes one round trip to the broker for each.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Final
 
 from cloister.broker.client import BrokerClient, Release
@@ -32,7 +31,9 @@ from cloister.node.outputs import Target, claimed
 from cloister.node.plan import Plan
 from cloister.node.progress import read_line
 from cloister.node.report import BarLine, Report
+from cloister.node.signals import StoppedError, Stops, stop_on_signals
 from cloister.node.volumes import mounted
+from cloister.volume.seal import Sealed
 
 LEASE_LOOK_S: Final = 0.5
 """A lost lease ends the program within this time."""
@@ -58,34 +59,6 @@ class RunResult:
     seconds: Mapping[str, float]
     renewals: int
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-class StoppedError(MachineError):
-    """A signal asked us to stop."""
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Turn SIGTERM, SIGINT and SIGHUP into an error that unwinds everything; only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        # A second signal must not interrupt the clean-up of the first.
-        for other in old:
-            signal.signal(other, signal.SIG_IGN)
-        name = signal.Signals(number).name
-        raise StoppedError(f"stopped by {name}; nothing was sealed", code="interrupted")
-
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    for number in old:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +91,7 @@ def run(
     release = admission.release
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        stack.enter_context(stop_on_signals())
+        stops = stack.enter_context(stop_on_signals())
         # locks: a second run on one output is refused before it starts
         targets = {
             asset: stack.enter_context(claimed(path, release.outputs[asset])) for asset, path in plan.writes.items()
@@ -147,11 +120,7 @@ def run(
             seconds["run"] = time.perf_counter() - begin
             step.text = f"ran {plan.code} in sandbox '{plan.sandbox}' at {admission.prepared.level}"
         begin = time.perf_counter()
-        outputs: dict[str, Written] = {}
-        for asset, target in targets.items():
-            with report.step(f"sealed {asset}") as step, report.bar(f"sealing {asset}") as bar:
-                outputs[asset] = _seal(target, running, broker, release, asset, bar.update)
-                step.text = f"sealed {asset}, generation {outputs[asset].generation}: {outputs[asset].digest[:19]}…"
+        outputs = _publish(targets, running, broker, release, report, stops)
         seconds["seal"] = time.perf_counter() - begin
         return RunResult(outputs, release.receipt, seconds, keeper.renewals, metrics)
 
@@ -182,8 +151,7 @@ def _watch(
     metrics: dict[str, float] = {}
     words: list[str] = []
     lock = threading.Lock()
-    title = f"{plan.phase}ing" if plan.phase != "serve" else "serving"
-    with report.bar(title.replace("ee", "e"), unit="share") as bar:
+    with report.bar(plan.phase, unit="share") as bar:
         readers = [
             threading.Thread(
                 target=_listen, args=(stream, bar, report, audience, metrics, words, lock), daemon=True, name="words"
@@ -277,14 +245,37 @@ def _check_exit(ended: Exit, words: list[str], audience: Audience, admission: Ad
     raise MachineError("the program did not succeed; nothing was sealed", code="workload-failed", reasons=reasons)
 
 
-def _seal(
-    target: Target,
+def _publish(
+    targets: Mapping[str, Target],
     running: Running,
     broker: BrokerClient,
     release: Release,
-    asset: str,
-    progress: Callable[[float, float | None], None],
-) -> Written:
+    report: Report,
+    stops: Stops,
+) -> dict[str, Written]:
+    """Check all outputs, seal all of them, then register and swap in one after the other."""
+    for asset in targets:
+        _check_output(running, asset)
+    sealed: dict[str, Sealed] = {}
+    for asset, target in targets.items():
+        with report.step(f"sealed {asset}") as step, report.bar(f"sealing {asset}") as bar:
+            one = sealed[asset] = target.write(running.output_dir(asset), progress=bar.update)
+            step.text = f"sealed {asset}, generation {one.generation}: {one.digest[:19]}…"
+    outputs: dict[str, Written] = {}
+    try:
+        with stops.held():
+            for asset, target in targets.items():
+                outputs[asset] = _register(target, broker, release, asset, sealed[asset])
+    except CloisterError as error:
+        if isinstance(error, StoppedError):
+            raise StoppedError(error.by, left=f"{', '.join(outputs)} had just been sealed and registered") from error
+        if outputs:
+            error.hint = f"{', '.join(outputs)} had been sealed and registered before; {error.hint}".removesuffix("; ")
+        raise
+    return outputs
+
+
+def _check_output(running: Running, asset: str) -> None:
     checked = running.output(asset)  # refuses links, devices and too much, before anything of it is read
     if not checked.files:
         raise MachineError(
@@ -293,12 +284,19 @@ def _seal(
             reasons=[Reason(f"out.{asset}", "no files", "at least one file")],
             hint=f"pass `/out/{asset}` to the program as its output folder (after `--`)",
         )
-    sealed = target.write(running.output_dir(asset), progress=progress)
+
+
+def _register(target: Target, broker: BrokerClient, release: Release, asset: str, sealed: Sealed) -> Written:
     target.offer()
     try:
         receipt = broker.register_root(release, asset, sealed.digest, generation=sealed.generation)
-    except PeerError:
-        raise  # it may be registered or not: both generations stay until the broker can be asked
+    except PeerError as error:  # it may be registered or not: both generations stay until the broker can be asked
+        raise PeerError(
+            f"the broker did not confirm generation {sealed.generation} of {asset}: {error.message}",
+            code=error.code,
+            reasons=error.reasons,
+            hint="both generations are kept on disk; the next run or `cloister serve` asks the broker which one counts",
+        ) from error
     except CloisterError:
         target.refused()
         raise

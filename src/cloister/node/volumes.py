@@ -7,20 +7,23 @@ never see them, and they vanish with the last process in it, however that ends.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from typing import Final
 
 from cloister.broker.client import Release
-from cloister.errors import MachineError
+from cloister.errors import MachineError, Reason
 from cloister.node.outputs import current
 from cloister.node.report import Report
-from cloister.volume.fuse import Mount, enter_user_mount_namespace, mount, private_mount_namespace
+from cloister.volume.fuse import Mount, enter_user_mount_namespace, linux, mount, private_mount_namespace
 from cloister.volume.read import Volume
+
+_PLACES: Final = (Path("/sys/dev"), Path("/boot"))
+"""Folders that exist everywhere, hold nobody's data, and are not looked at while a phase runs."""
+_MS_NOEXEC: Final = 8  # <linux/mount.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +63,32 @@ def mounted(paths: Mapping[str, Path], release: Release, report: Report) -> Iter
 
 
 def _private_root(stack: ExitStack) -> Path:
+    """Cover a folder that every Linux has with a tmpfs that only this mount namespace sees.
+
+    A folder of our own would outlive `kill -9`; this leaves nothing, however the process ends.
+    """
     if os.geteuid() == 0:
         private_mount_namespace()
     else:
         enter_user_mount_namespace()
-    root = Path(mkdtemp(prefix="cloister-"))
-    stack.callback(_remove, root)
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = 2 | 4 | 8  # MS_NOSUID | MS_NODEV | MS_NOEXEC
-    if libc.mount(b"cloister", os.fsencode(root), b"tmpfs", flags, b"mode=0711,size=1m") != 0:
-        number = ctypes.get_errno()
-        raise MachineError(f"cannot mount a private tmpfs: {os.strerror(number)}", code="no-mount")
-    stack.callback(libc.umount2, os.fsencode(root), 2)  # MNT_DETACH
-    return root
-
-
-def _remove(root: Path) -> None:
-    # The folder under the tmpfs is empty; if the tmpfs is still busy, the namespace takes both with it.
+    root = next((place for place in _PLACES if place.is_dir()), None)
+    if root is None:
+        places = " or ".join(map(str, _PLACES))
+        raise MachineError(
+            "there is no place for a private tmpfs",
+            code="no-mount",
+            reasons=[Reason("mount.place", "no such folder", places)],
+            hint="mount sysfs at /sys",
+        )
     try:
-        root.rmdir()
-    except OSError:
-        return
+        flags = linux.MS_NOSUID | linux.MS_NODEV | _MS_NOEXEC
+        linux.mount(b"cloister", os.fsencode(root), b"tmpfs", flags, b"mode=0711,size=1m")
+    except OSError as error:
+        raise MachineError(
+            f"cannot mount a private tmpfs: {error.strerror}",
+            code="no-mount",
+            reasons=[Reason(f"mount.{root}", error.strerror or str(error), "permission to mount")],
+            hint="run as root, or allow user namespaces; in a container: --cap-add SYS_ADMIN",
+        ) from error
+    stack.callback(linux.umount, os.fsencode(root), linux.MNT_DETACH)
+    return root
