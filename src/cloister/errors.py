@@ -140,6 +140,7 @@ CODES: dict[str, str] = {
     "denied": "The contract does not allow this; every broken rule is listed.",
     "budget-spent": "The contract's answer budget for this consumer is used up.",
     "lease-refused": "The lease is unknown, over or cut, or does not authenticate this message.",
+    "too-fast": "More batches of metrics or logs in a second than the broker takes from one lease.",
     "evidence": "The evidence was refused.",
     "evidence-malformed": "The evidence does not parse.",
     "evidence-not-authentic": "The evidence parses, but the hardware vendor's chain or a signature does not hold.",

@@ -17,7 +17,21 @@ from hypothesis import strategies as st
 from cloister.broker import wire
 from cloister.testkit.broker import RunningBroker
 
-POSTS = ("attest", "nonce", "contract", "signature", "revoke", "key", "release", "renew", "register", "answer", "open")
+POSTS = (
+    "attest",
+    "nonce",
+    "contract",
+    "signature",
+    "revoke",
+    "key",
+    "release",
+    "renew",
+    "register",
+    "answer",
+    "open",
+    "words",
+    "listen",
+)
 GETS = (
     "contracts/{}",
     "contracts/{}/bytes",
@@ -37,6 +51,8 @@ REQUESTS = {
     "register": wire.RegisterRequest,
     "answer": wire.AnswerRequest,
     "open": wire.OpenRequest,
+    "words": wire.WordsRequest,
+    "listen": wire.ListenRequest,
 }
 
 

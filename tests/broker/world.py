@@ -28,7 +28,7 @@ def signer() -> Signer:
 
 @dataclass
 class World:
-    """Three parties and what they know. `extra` is appended to the contract file."""
+    """Three parties and what they know. `extra` is appended to the contract file, `leaves` to its train phase."""
 
     hospital: Signer = field(default_factory=signer)
     vendor: Signer = field(default_factory=signer)
@@ -48,6 +48,7 @@ class World:
         xrays_owner: str = "hospital",
         accept: str = '"simulated"',
         extra: str = "",
+        leaves: str = "",
         hospital: Signer | None = None,
     ) -> bytes:
         replace_line = f'replaces = "{replaces}"\n' if replaces else ""
@@ -71,6 +72,7 @@ run = "trainer"
 at = "enclave"
 read = ["xrays", "backbone"]
 write = {{ detector = "{detector_owner}" }}
+{leaves}
 [phase.serve]
 run = "server"
 at = "enclave"

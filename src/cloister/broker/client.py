@@ -53,7 +53,7 @@ from cloister.broker import wire
 from cloister.broker.log import tree
 from cloister.broker.log.checkpoint import open_checkpoint
 from cloister.crypto import hpke
-from cloister.crypto.keys import Secret, mac
+from cloister.crypto.keys import Secret, mac, wrap
 from cloister.crypto.note import Verifier
 from cloister.errors import CloisterError, EvidenceError, InputError, PeerError, Reason, TamperedError
 
@@ -64,6 +64,8 @@ SKEW: Final = timedelta(seconds=60)
 NONCE_KEPT_S: Final = 20.0
 """How long the nonce that came with the broker's evidence is used: a third of its life."""
 OPEN_VALID: Final = timedelta(minutes=30)
+LISTEN_VALID: Final = timedelta(minutes=50)
+"""The broker takes an hour; its clock may be behind."""
 
 T = TypeVar("T")
 
@@ -367,6 +369,44 @@ class BrokerClient:
         tag = mac(release.lease.secret, wire.ANSWER_LABEL, statement.encode())
         return wire.AnswerReply.decode(self._post("answer", wire.AnswerRequest(statement, tag).encode()))
 
+    def words(
+        self, release: Release, seq: int, stream: str, lines: Sequence[str], *, dropped: int = 0, end: bool = False
+    ) -> None:
+        """Send lines of `stream` ("metrics" or "logs") for the parties whom the contract lets hear them.
+
+        `seq` grows with every batch. A lost connection is tried once more at once and never waited for.
+        """
+        batch = wire.WordsBatch(tuple(lines), dropped, end)
+        context = wire.words_context(release.lease.id, seq, stream)
+        sealed = wrap(wire.words_key(release.lease.secret), batch.encode(), context=context)
+
+        def attempt() -> bytes:
+            with self._lock:
+                self._connected()
+                pin = self.broker.spki
+            statement = wire.WordsStatement(release.lease.id, pin, seq, stream, sealed)
+            tag = mac(release.lease.secret, wire.WORDS_LABEL, statement.encode())
+            return self._exchange("POST", "words", wire.WordsRequest(statement, tag).encode(), pin=pin)
+
+        try:
+            reply = attempt()
+        except _DroppedError:  # a broker closes an idle connection, and may have restarted
+            reply = attempt()
+        wire.WordsReply.decode(reply)
+
+    def another(self, *, timeout_s: float) -> BrokerClient:
+        """Return a client with a connection of its own to the same broker, so that neither waits for the other."""
+        with self._lock:
+            client = BrokerClient(self.url, self._trust, None, self._clock, timeout_s)
+            client._memory, client._broker = self._memory, self._broker
+        return client
+
+    # --- parties who hear ---------------------------------------------------------------------------------------------
+
+    def listener(self, contract: str, sign: Signer, *, phase: str = "") -> Listener:
+        """Return what hears the metrics (and logs, if they leave) of a contract's phases as the party that signs."""
+        return Listener(self, contract, sign, phase)
+
     # --- anybody ------------------------------------------------------------------------------------------------------
 
     def denial(self, denial_id: str) -> wire.DenialRecord:
@@ -588,6 +628,40 @@ class BrokerClient:
             reasons=(*error.reasons, reason),
             hint="set the clocks (evidence and collateral are valid for a time), then try again",
         )
+
+
+class Listener:
+    """One party's ear: signs once an hour, remembers what it heard. Not for several threads."""
+
+    def __init__(self, client: BrokerClient, contract: str, sign: Signer, phase: str) -> None:
+        self._client, self._contract, self._sign, self._phase = client, contract, sign, phase
+        self._pair = hpke.KeyPair.generate()
+        self._signed: tuple[wire.ListenStatement, str] | None = None
+        self._epoch = self._after = 0
+
+    def hear(self) -> wire.ListenPayload:
+        """Return what came since the last call, the first time everything that is kept.
+
+        Raises:
+            DeniedError: the contract does not let it leave to whoever signs; all reasons.
+        """
+        statement, signature = self._statement()
+        request = wire.ListenRequest(statement, self._pair.public, signature, self._epoch, self._after)
+        reply = wire.ListenReply.decode(self._client._post("listen", request.encode()))
+        opened = _unseal(self._pair, reply.sealed, wire.LISTEN_INFO + request.hashed())
+        payload = wire.ListenPayload.decode(opened)
+        self._epoch, self._after = payload.epoch, payload.next
+        return payload
+
+    def _statement(self) -> tuple[wire.ListenStatement, str]:
+        now, broker = self._client._clock(), wire.sha256(self._client.broker.key)
+        if self._signed is None or now >= self._signed[0].expires - SKEW or self._signed[0].broker != broker:
+            expires = now + LISTEN_VALID
+            statement = wire.ListenStatement(
+                self._contract, self._phase, wire.sha256(self._pair.public), broker, expires
+            )
+            self._signed = statement, self._sign(statement.encode(), namespace="listen@cloister")
+        return self._signed
 
 
 def _since_boot_s() -> float:

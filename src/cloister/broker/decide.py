@@ -259,7 +259,7 @@ def _judge(
             )
         )
     else:
-        denied += _life(known, now)
+        denied += life_reasons(known, now)
         if workload is not None:
             denied += _contract(known, phase, reads, writes, workload, claims, now)
         got, read_reasons = _reads(known.contract, reads, holdings)  # 8, 9
@@ -346,7 +346,8 @@ def _show(value: str | bytes) -> str:
     return value.hex() if isinstance(value, bytes) else value
 
 
-def _life(known: Known, now: datetime) -> list[Reason]:
+def life_reasons(known: Known, now: datetime) -> list[Reason]:
+    """Return why a contract is over, or not in force yet; an empty list for an active one."""
     state = state_on(known.state, expires=known.contract.expires, today=now.astimezone(UTC).date())
     match state:
         case Life.REPLACED:
@@ -488,7 +489,7 @@ def live_lease(held: LeaseFacts, known: Known | None, now: datetime) -> Cloister
     if known is None:
         reasons.append(Reason("contract", f"no contract {held.contract}", "the lease's contract"))
     else:
-        reasons += _life(known, now)
+        reasons += life_reasons(known, now)
     return _lease_error(*reasons) if reasons else None
 
 
@@ -547,7 +548,7 @@ def opened(
         reasons.append(Reason("contract", f"no contract {statement.contract}", "a contract that was submitted"))
         return DeniedError("the key is not opened", reasons=reasons)
     contract = known.contract
-    reasons += _life(known, now)
+    reasons += life_reasons(known, now)
     if not contract.signers <= known.signed:
         missing = ", ".join(sorted(contract.signers - known.signed))
         reasons.append(Reason("signatures", f"missing {missing}", "all required signers"))

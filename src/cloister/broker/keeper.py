@@ -28,7 +28,7 @@ from cloister.attestation import evidence as evidence_format
 from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import Attester
 from cloister.attestation.types import Evidence
-from cloister.broker import decide, session, wire
+from cloister.broker import decide, relay, session, wire
 from cloister.broker.life import State as Life
 from cloister.broker.life import on as state_on
 from cloister.broker.log import leaf as leaves
@@ -122,6 +122,7 @@ class Keeper:
         for key in ledger.deposited_keys():
             self._note_deposit(key.volume, decide.Deposit(key.owner, key.generation, key.volume_id))
         self._held: dict[str, _Held] = {}
+        self._words = relay.Shelves()
 
     # --- the broker itself --------------------------------------------------------------------------------------------
 
@@ -629,6 +630,60 @@ class Keeper:
         left = None if budget is None else budget - done.spent.used
         left_today = None if per_day is None else per_day - done.spent.used_today
         return wire.AnswerReply(done.receipt.encode(), left, left_today)
+
+    # --- words while a phase runs: no log entries, see relay.py -------------------------------------------------------
+
+    async def words(self, request: wire.WordsRequest) -> wire.WordsReply:
+        """Keep a batch of metrics or logs for the parties that the contract lets hear them."""
+        statement = request.statement
+        now = self._clock()
+        held = await self._lease(statement.lease)
+        if held is None or not _authentic(held, wire.WORDS_LABEL, statement, request.mac):
+            raise decide.lease_unknown()
+        before = self._words.flow(statement.lease)
+        known = self._known(held.facts.contract)
+        flow = relay.accept(statement, held.facts, known, before, spki=self._spki, now=now)
+        if isinstance(flow, CloisterError):
+            raise flow
+        if flow is not before:  # else: the last batch again, whose answer was lost
+            self._words.heard(statement.lease, held.facts, flow, now=now)
+            batch = relay.unseal(held.secrets.secret, statement)
+            self._words.keep(statement.lease, statement.stream, batch, now=now)
+        return wire.WordsReply(statement.seq)
+
+    async def listen(self, request: wire.ListenRequest) -> wire.ListenReply:
+        """Give a party the words that came after its cursor, sealed to the key that it signed for."""
+        statement = request.statement
+        now = self._clock()
+        signer = sshsig.verify(request.signature, statement.encode(), namespace=sshsig.LISTEN).fingerprint
+        known = self._known(statement.contract)
+        allowed = relay.listen(statement, signer, broker=self._keypair.public, key=request.key, known=known, now=now)
+        if isinstance(allowed, DeniedError):
+            raise allowed
+        epoch = self._ledger.epoch
+        heard = self._words.since(statement.contract, allowed, request.after if request.epoch == epoch else 0)
+        payload = wire.ListenPayload(
+            epoch=epoch,
+            next=heard.next,
+            more=heard.more,
+            leases=tuple(
+                wire.WordsLease(
+                    shelf.lease,
+                    shelf.phase,
+                    shelf.first,
+                    shelf.last,
+                    self._live(shelf, now),
+                    shelf.dropped + shelf.unsent,
+                )
+                for shelf in self._words.of(statement.contract, allowed)[-256:]
+            ),
+            lines=tuple(wire.WordsLine(line.lease, line.stream, line.time, line.text) for line in heard.lines),
+        )
+        return wire.ListenReply(_seal(payload.encode(), to=request.key, info=wire.LISTEN_INFO + request.hashed()))
+
+    def _live(self, shelf: relay.Shelf, now: datetime) -> bool:
+        row = self._ledger.lease(shelf.lease)
+        return not shelf.ended and row is not None and not row.lost and row.expires > now
 
     # --- the log ------------------------------------------------------------------------------------------------------
 

@@ -140,6 +140,12 @@ def application(keeper: Keeper) -> Starlette:
     async def open_key(body: bytes) -> wire.Message:
         return await keeper.open(wire.OpenRequest.decode(body))
 
+    async def words(body: bytes) -> wire.Message:
+        return await keeper.words(wire.WordsRequest.decode(body))
+
+    async def listen(body: bytes) -> wire.Message:
+        return await keeper.listen(wire.ListenRequest.decode(body))
+
     async def contracts(_: Request) -> Response:
         return _reply(keeper.contracts())
 
@@ -181,6 +187,8 @@ def application(keeper: Keeper) -> Starlette:
             post("revoke", revoke),
             post("key", deposit),
             post("open", open_key),
+            post("words", words),
+            post("listen", listen),
             get("contracts", contracts),
             get("contracts/{reference}", contract),
             get("contracts/{reference}/bytes", contract_bytes),

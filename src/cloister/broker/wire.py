@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Final, Protocol, Self
 
 from cloister.crypto import hpke
 from cloister.crypto.canonical import cbor_decode, cbor_encode
-from cloister.crypto.keys import Secret
+from cloister.crypto.keys import Secret, derive
 from cloister.errors import (
     CODES,
     CloisterError,
@@ -55,6 +55,7 @@ MAX_REPLY: Final = 16 << 20
 RELEASE_INFO: Final = b"cloister/release/1\x00"
 KEY_INFO: Final = b"cloister/key/1\x00"
 OPEN_INFO: Final = b"cloister/open/1\x00"
+LISTEN_INFO: Final = b"cloister/listen/1\x00"
 
 QUERY_TAG: Final = b"cloister/query/1\x00"
 """What a session key signs begins with this."""
@@ -62,6 +63,7 @@ QUERY_TAG: Final = b"cloister/query/1\x00"
 # labels of HMACs under a lease secret
 REGISTER_LABEL: Final = "cloister/register/1"
 ANSWER_LABEL: Final = "cloister/answer/1"
+WORDS_LABEL: Final = "cloister/words/1"
 
 NAME: Final = r"[a-z][a-z0-9-]{0,39}"
 DIGEST: Final = r"sha256:[0-9a-f]{64}"
@@ -855,6 +857,169 @@ class OpenReply(Message):
     sealed: bytes
     receipt: bytes
     FIELDS: ClassVar = {"sealed": _SEALED, "receipt": _RECEIPT}
+
+
+# --- words that leave while a phase runs ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WordsBatch(Message):
+    """Lines of one stream in their order. `dropped`: lines that never left the node so far; `end`: its program is over."""
+
+    lines: tuple[str, ...]
+    dropped: int
+    end: bool
+    FIELDS: ClassVar = {"lines": Many(Text(2000), 256), "dropped": Uint(), "end": Flag()}
+
+
+@dataclass(frozen=True, slots=True)
+class WordsStatement(Message):
+    """One batch of a lease: HMAC under the lease secret, label WORDS_LABEL.
+
+    `peer_key` is SHA-256 of the TLS key that the broker shows in this run, `seq` grows with every batch of the lease, and
+    `sealed` is a `WordsBatch` (nonce, AES-256-GCM) under a key of the lease secret (docs/protocol.md 7).
+    """
+
+    lease: str
+    peer_key: bytes
+    seq: int
+    stream: str
+    sealed: bytes
+    FIELDS: ClassVar = {
+        "lease": Text(34, LEASE),
+        "peer_key": _HASH,
+        "seq": Uint(),
+        "stream": Text(7, r"metrics|logs"),
+        "sealed": Blob(28, 96 << 10),
+    }
+
+
+def words_key(secret: Secret) -> Secret:
+    """Return the key that batches of a lease are sealed under (`crypto.keys.wrap`)."""
+    return Secret(derive(secret, "cloister/words-key/1"))
+
+
+def words_context(lease: str, seq: int, stream: str) -> bytes:
+    """Return what a sealed batch is bound to: its place in one stream of one lease."""
+    return cbor_encode({"lease": lease, "seq": seq, "stream": stream})
+
+
+@dataclass(frozen=True, slots=True)
+class WordsRequest(Message):
+    """`POST words`."""
+
+    statement: WordsStatement
+    mac: bytes
+    FIELDS: ClassVar = {"statement": Nested(WordsStatement), "mac": _HASH}
+
+
+@dataclass(frozen=True, slots=True)
+class WordsReply(Message):
+    """The batch `seq` is kept."""
+
+    seq: int
+    FIELDS: ClassVar = {"seq": Uint()}
+
+
+@dataclass(frozen=True, slots=True)
+class ListenStatement(Message):
+    """What a party signs (namespace `listen@cloister`) to hear a phase, or with an empty `phase` all that name it.
+
+    `key` and `broker` are SHA-256 of HPKE keys.
+    """
+
+    contract: str
+    phase: str
+    key: bytes
+    broker: bytes
+    expires: datetime
+    FIELDS: ClassVar = {
+        "contract": _DIGEST,
+        "phase": Text(40, rf"({NAME})?"),
+        "key": _HASH,
+        "broker": _HASH,
+        "expires": Time(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ListenRequest(Message):
+    """`POST listen`: what came after the cursor `after` of the broker's run `epoch`; both 0 for everything."""
+
+    statement: ListenStatement
+    key: bytes
+    signature: str
+    epoch: int
+    after: int
+    FIELDS: ClassVar = {
+        "statement": Nested(ListenStatement),
+        "key": _HPKE,
+        "signature": _ARMOUR,
+        "epoch": Uint(),
+        "after": Uint(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ListenReply(Message):
+    """`sealed` opens to a `ListenPayload` with the party's ephemeral key under LISTEN_INFO || SHA-256(request)."""
+
+    sealed: bytes
+    FIELDS: ClassVar = {"sealed": _SEALED}
+
+
+@dataclass(frozen=True, slots=True)
+class WordsLease(Message):
+    """A lease that spoke: from when to when (the broker's clock), whether it still may, and how many lines are missing."""
+
+    lease: str
+    phase: str
+    first: datetime
+    last: datetime
+    live: bool
+    dropped: int
+    FIELDS: ClassVar = {
+        "lease": Text(34, LEASE),
+        "phase": _NAME,
+        "first": Time(),
+        "last": Time(),
+        "live": Flag(),
+        "dropped": Uint(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class WordsLine(Message):
+    """One line: whose, of which stream, when it reached the broker."""
+
+    lease: str
+    stream: str
+    time: datetime
+    text: str
+    FIELDS: ClassVar = {
+        "lease": Text(34, LEASE),
+        "stream": Text(7, r"metrics|logs"),
+        "time": Time(),
+        "text": Text(2000),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ListenPayload(Message):
+    """What only the party reads. `epoch` and `next` are the next request's cursor; `more`: ask again at once."""
+
+    epoch: int
+    next: int
+    more: bool
+    leases: tuple[WordsLease, ...]
+    lines: tuple[WordsLine, ...]
+    FIELDS: ClassVar = {
+        "epoch": Uint(),
+        "next": Uint(),
+        "more": Flag(),
+        "leases": Many(Nested(WordsLease), 256),
+        "lines": Many(Nested(WordsLine), 2000),
+    }
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------

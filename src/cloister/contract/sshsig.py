@@ -41,7 +41,9 @@ ASK: Final = "ask@cloister"
 """Namespace of a consumer's query."""
 OPEN: Final = "open@cloister"
 """Namespace of an owner's request to open an output."""
-NAMESPACES: Final = (CONTRACT, KEY, ASK, OPEN)
+LISTEN: Final = "listen@cloister"
+"""A party's request for the metrics and logs that a contract lets leave to it."""
+NAMESPACES: Final = (CONTRACT, KEY, ASK, OPEN, LISTEN)
 
 MAX_ARMOURED: Final = 64 * 1024
 MIN_RSA_BITS: Final = 3072

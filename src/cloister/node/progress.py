@@ -50,6 +50,12 @@ class Progress:
             low += width * (counter.done if last else max(counter.done - 1, 0))
         return min(low, 1.0)
 
+    @property
+    def text(self) -> str:
+        """The line that leaves: `epoch 2/5 step 30/60 loss 0.4312`."""
+        counters = [f"{counter.name} {counter.done}/{counter.total}" for counter in self.counters]
+        return " ".join(counters + [f"{name} {value:.4g}" for name, value in self.metrics.items()])
+
 
 def read_line(line: bytes) -> Progress | None:
     """Return the progress that `line` states, or None when it states none. Never raises."""
