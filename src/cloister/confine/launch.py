@@ -271,7 +271,7 @@ def _start(
     keep: _Descriptors,
     without: frozenset[str],
 ) -> Running:
-    root = os.geteuid() == 0
+    root = users.separate()
     uid, gid = os.getuid(), os.getgid()
     locks: list[int] = []
     if root:

@@ -32,6 +32,15 @@ def candidates(mapped: tuple[range, ...]) -> range:
     return range(0)
 
 
+def separate() -> bool:
+    """Whether this process can give each job a user id of its own: root where enough ids exist.
+
+    Root of a user namespace that maps one id (an ordinary user who entered it to mount volumes) cannot, and starts jails
+    as every ordinary user does.
+    """
+    return os.geteuid() == 0 and bool(candidates(parse_id_map(Path("/proc/self/uid_map").read_text())))
+
+
 def allocate() -> tuple[int, int]:
     """Return (user id, descriptor that holds its lock).
 
