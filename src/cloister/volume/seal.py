@@ -9,7 +9,7 @@ Steps; until the last one the target is untouched, whatever happens:
   6 name      one rename: NOREPLACE for a new volume, EXCHANGE for a successor (`disk`)
 
 Speed: half a MiB of plaintext at a time stays in the second-level cache between read, AES, BLAKE3 and write. Of a big file in memory,
-reading and writing take three fifths of the time, AES-GCM and BLAKE3 a fifth each (bench/seal.py). One thread does all of it: a second one
+reading and writing take three fifths of the time, BLAKE3 a fifth, AES-GCM a seventh, Python 3 % (bench/seal.py). One thread does all of it: a second one
 that hashes or writes gained nothing on two busy cores.
 """
 
