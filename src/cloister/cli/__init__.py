@@ -6,6 +6,7 @@ signatures. Each verb is one module, imported only when it is called, so `cloist
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -16,7 +17,8 @@ import click
 
 from cloister import __version__
 from cloister.cli.ui import Ui
-from cloister.errors import CloisterError
+from cloister.errors import CloisterError, InputError
+from cloister.node.signals import StoppedError, stop_on_signals
 
 VERBS: Final = {
     "doctor": "What this machine can do, what is missing, how to get it.",
@@ -92,25 +94,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     ui = Ui(as_json="--json" in own)
     try:
-        result = cli.main(args=arguments, prog_name="cloister", standalone_mode=False)
+        with stop_on_signals():
+            result = cli.main(args=arguments, prog_name="cloister", standalone_mode=False, obj=ui)
         return result if isinstance(result, int) else 0
     except CloisterError as error:
         ui.error(error)
         return error.exit_status
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.exceptions.Abort:
-        ui.warn("stopped")
-        return 1
     except click.ClickException as error:
-        error.show()
-        return 2
-    except KeyboardInterrupt:
-        ui.warn("stopped by Ctrl-C")
-        return 1
+        if ui.as_json:
+            ui.error(_usage(error))
+        else:
+            error.show()
+        return InputError.exit_status
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        stopped = StoppedError("Ctrl-C")
+        ui.error(stopped)
+        return stopped.exit_status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Nobody reads any more. Python would say so once more at exit.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 1
+    except OSError as error:
+        from cloister.cli.common import system_error
+
+        refused = system_error(error)
+        ui.error(refused)
+        return refused.exit_status
+
+
+def _usage(error: click.ClickException) -> InputError:
+    """A slip on the command line as an error of the tree."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return InputError(error.format_message(), hint=f"`{context.command_path} --help` shows how" if context else "")
 
 
 def entry() -> None:

@@ -9,6 +9,7 @@ import click
 
 from cloister.cli.common import You, find_contract, keep_receipt, now, options, read_file, table
 from cloister.cli.ui import human_seconds
+from cloister.errors import CloisterError
 
 
 @click.command("ask", short_help="Attest a service, then ask it a question.")
@@ -50,7 +51,6 @@ def command(you: You, reference: str, files: tuple[Path, ...], url: str) -> None
                 begin = time.perf_counter()
                 reply = service.ask(data)
                 took = time.perf_counter() - begin
-                keep_receipt(you, reply.receipt, f"answer-{reply.index}")
                 left = "unlimited" if reply.left is None else str(reply.left)
                 today = "" if reply.left_today is None else str(reply.left_today)
                 said = reply.said
@@ -69,7 +69,12 @@ def command(you: You, reference: str, files: tuple[Path, ...], url: str) -> None
                         "seconds": took,
                     }
                 )
+                try:
+                    keep_receipt(you, reply.receipt, f"answer-{reply.index}")
+                except CloisterError as error:  # the answer is paid for: it is shown in any case
+                    you.ui.warn(f"{error.message}; the receipt of answer {reply.index} is lost")
         finally:
             # what was answered before a refusal is paid for: show it in any case
+            you.ui.partial["answers"] = answers
             if rows and not (you.ui.as_json and len(rows) < len(inputs)):
                 you.ui.result({"answers": answers}, table(rows))

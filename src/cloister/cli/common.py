@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import secrets
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 import click
 
 from cloister.cli.ui import Ui
-from cloister.errors import InputError, MachineError, Reason
+from cloister.errors import CloisterError, InputError, MachineError, PeerError, Reason
 
 if TYPE_CHECKING:
     from cloister.broker.client import BrokerClient, Signer, Trust
@@ -157,7 +158,9 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
         *args: Any, home: Path, key_file: Path | None, broker_url: str, soft: bool, as_json: bool, **rest: Any
     ) -> R:
         folder = home.expanduser()
-        you = You(Ui(as_json=as_json), folder, key_file or folder / "id_ed25519", broker_url, soft)
+        ui = click.get_current_context().find_object(Ui) or Ui()
+        ui.as_json = as_json
+        you = You(ui, folder, key_file or folder / "id_ed25519", broker_url, soft)
         return function(you, *args, **rest)  # type: ignore[arg-type]  # click passes by name
 
     return wrapper
@@ -224,19 +227,22 @@ def read_file(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {what} at {path}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {what} at {path}: {error.strerror}", hint=_READ_HINTS.get(error.errno or 0, "")
+        ) from error
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write a file as a whole or not at all.
 
     Raises:
+        InputError: it cannot be written there; the old file is untouched.
         MachineError: (`disk-full`) no room; the old file is untouched. Or another reason that the system gives.
     """
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), mode)
             file.write(data)
@@ -244,10 +250,47 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         Path(temporary).replace(path)
     except OSError as error:
+        raise system_error(error, f"cannot write {path}") from error
+    finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        code = "disk-full" if error.errno in (28, 122) else "machine"  # ENOSPC, EDQUOT
-        raise MachineError(f"cannot write {path}: {error.strerror}", code=code) from error
+
+
+def system_error(error: OSError, what: str = "") -> CloisterError:
+    """Return what the system said as an error of the tree; `what` names what was tried, else the path in `error`.
+
+    For the edge of the command line: a path of the user that cannot be used is never a traceback.
+    """
+    if not what:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        what = f"cannot use {name}" if name else "the system refused"
+    message = f"{what}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(message, code="disk-full", hint="free some space, or use another disk")
+    if error.errno in _WRITE_HINTS:
+        return InputError(message, hint=_WRITE_HINTS[error.errno])
+    if isinstance(error, ConnectionError | TimeoutError):
+        return PeerError(message)
+    return MachineError(message)
+
+
+_READ_HINTS: Final = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "check its permissions, or run as the user who may read it",
+    errno.EISDIR: "this is a folder; name a file",
+}
+_WRITE_HINTS: Final = {
+    errno.EACCES: "check the permissions there, or name another place",
+    errno.EPERM: "check the permissions there, or name another place",
+    errno.EROFS: "this file system is read-only; name another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; check the path",
+    errno.EISDIR: "there is a folder of this name; name a file",
+    errno.EEXIST: "name a new place",
+    errno.ENOTEMPTY: "name a new place",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "symbolic links go in a circle there; check the path",
+}
 
 
 def keep_receipt(you: You, receipt: bytes, name: str) -> Path:

@@ -29,9 +29,14 @@ def command(you: You, volume: Path, target: Path, reference: str, asset: str) ->
       cloister open detector.sealed --to detector --contract pneumonia-xray --asset detector
     """
     from cloister.crypto.memory import harden_process
+    from cloister.node.outputs import current, finished
     from cloister.volume.read import Volume, peek
 
     harden_process()
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target} exists already", hint="name a new folder")
+    if not volume.exists():
+        volume = finished(volume)  # of a run that was cut off after it had registered its first output
     head = peek(volume)
     expect: str | None = None
     key = Keyring(you.home / "keys").find(head.volume_id)
@@ -46,8 +51,7 @@ def command(you: You, volume: Path, target: Path, reference: str, asset: str) ->
         opened = broker.open_key(contract.id, asset, [you.signer()])
         keep_receipt(you, opened.receipt, f"open-{opened.key.digest[7:19]}")
         key, expect = opened.key.key, opened.key.digest
-    if target.exists():
-        raise InputError(f"{target} exists already", hint="name a new folder")
+        volume = current(volume, expect)
     with you.ui.step(f"opened {volume.name}") as step, you.ui.bar("opening") as bar:
         opened_volume = Volume.open(volume, key, expect=expect)
         opened_volume.extract(target, progress=bar.update)

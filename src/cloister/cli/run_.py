@@ -9,6 +9,7 @@ import click
 
 from cloister.cli.common import You, keep_receipt, now, options, write_file
 from cloister.cli.running import NodeOptions, enter, node_options
+from cloister.errors import CloisterError
 
 
 @click.command("run", short_help="Run a phase of a contract: attest, unlock, confine, run, seal.")
@@ -45,10 +46,13 @@ def execute(you: You, script: Path, args: tuple[str, ...], phase: str, node: Nod
     )
     result = run(plan, admission, broker, report=you.ui, clock=now, audience=audience)
     document = provenance(plan, admission, result)
-    for asset, written in result.outputs.items():
-        keep_receipt(you, written.receipt, f"root-{asset}-{written.generation}")
-        write_file(plan.writes[asset].with_name(plan.writes[asset].name + ".provenance.json"), document)
-    keep_receipt(you, result.receipt, f"release-{admission.release.lease.id}")
+    try:
+        for asset, written in result.outputs.items():
+            keep_receipt(you, written.receipt, f"root-{asset}-{written.generation}")
+            write_file(plan.writes[asset].with_name(plan.writes[asset].name + ".provenance.json"), document)
+        keep_receipt(you, result.receipt, f"release-{admission.release.lease.id}")
+    except CloisterError as error:  # the outputs are sealed and registered: this is no failure of the run
+        you.ui.warn(f"{error.message}; the outputs are complete, receipts or provenance are not")
     total = time.perf_counter() - begin
     lines = [
         f"wrote {asset} ({plan.contract.outputs[asset]}), generation {written.generation}: {written.digest}"

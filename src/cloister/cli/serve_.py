@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from cloister.cli.common import You, keep_receipt, now, options
+from cloister.cli.common import You, keep_receipt, now, options, write_file
 from cloister.cli.running import NodeOptions, enter, node_options
 
 
@@ -15,9 +16,22 @@ from cloister.cli.running import NodeOptions, enter, node_options
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("args", nargs=-1)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=0, show_default=True, help="Port; 0 takes a free one.")
-@click.option("--spares", default=1, show_default=True, help="Warm processes; one-shot sandboxes need some.")
-@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds that one answer may take.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="Port; 0 takes a free one.")
+@click.option(
+    "--spares",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Warm processes; one-shot sandboxes need some.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that one answer may take.",
+)
 @click.option(
     "--ready-file", type=click.Path(path_type=Path), help="Write the address here when questions are welcome."
 )
@@ -45,6 +59,10 @@ def command(
     """
     from cloister.serve.host import serve
 
+    def ready(url: str) -> None:
+        if ready_file is not None:
+            write_file(ready_file, json.dumps({"url": url, "contract": plan.contract.id}).encode())
+
     plan, admission, broker = enter(you, node, "serve", script, args)
     keep_receipt(you, admission.release.receipt, f"release-{admission.release.lease.id}")
     with ExitStack() as stack:
@@ -56,7 +74,7 @@ def command(
             port=port,
             spares=spares,
             timeout_s=timeout_s,
-            ready_file=ready_file,
+            ready=ready,
             report=you.ui,
             clock=now,
             stack=stack,

@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from cloister.errors import CloisterError
 
 _STYLES = {"ok": "32", "bad": "31", "dim": "2", "bold": "1", "warn": "33"}
+_OURS: Final = re.compile(r"(\x1b\[(?:0|1|2|31|32|33)(?:;(?:1|2|31|32|33))*m)")
+"""The only escape sequences that leave this module."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with everything that steers a terminal, or reorders what is read, written out as an escape.
+
+    File names, labels of a model and reasons of a peer may hold control characters (Unicode category Cc), direction
+    marks and other invisible ones (Cf), lone surrogates (Cs). Line feeds and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def human_bytes(count: float) -> str:
@@ -45,7 +63,8 @@ class Ui:
         self._out = out or sys.stdout
         self._err = err or sys.stderr
         self._colour = self._err.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        self._indent = 0
+        self.partial: dict[str, Any] = {}
+        """What a command had got when it failed; stands beside the error in the JSON object."""
 
     # Talk ------------------------------------------------------------------------------------------------------
 
@@ -57,11 +76,11 @@ class Ui:
     def say(self, text: str = "") -> None:
         """One line of talk."""
         if not self.as_json:
-            print("  " * self._indent + text, file=self._err, flush=True)
+            self._print(text, self._err)
 
     def warn(self, text: str) -> None:
         """A warning is shown in every mode: it is about safety."""
-        print(self.style("warning: ", "warn") + text, file=self._err, flush=True)
+        self._print(self.style("warning: ", "warn") + text, self._err)
 
     @contextmanager
     def step(self, doing: str) -> Iterator[Step]:
@@ -93,23 +112,37 @@ class Ui:
     def result(self, data: Mapping[str, Any], text: str | None = None) -> None:
         """The command's answer: `text` for people, `data` for programs."""
         if self.as_json:
-            print(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False), file=self._out, flush=True)
+            self._print(json.dumps(data, indent=2, sort_keys=True), self._out)
         elif text is not None:
-            print(text, file=self._out, flush=True)
+            self._print(text, self._out)
 
     def error(self, error: CloisterError) -> None:
         """Print an error as found / wanted / next step."""
         if self.as_json:
-            print(json.dumps(error.as_json(), indent=2, sort_keys=True, ensure_ascii=False), file=self._out, flush=True)
+            self._print(json.dumps({**self.partial, **error.as_json()}, indent=2, sort_keys=True), self._out)
             return
-        print(f"{self.style('error:', 'bad')} {error.message}", file=self._err)
+        if error.code == "interrupted":
+            self._print(error.message, self._err)
+            return
+        lines = [f"{self.style('error:', 'bad')} {error.message}"]
         for reason in error.reasons:
-            print(f"  {self.style(reason.where, 'bold')}: wants {reason.wanted}, found {reason.found}", file=self._err)
+            lines.append(f"  {self.style(reason.where, 'bold')}: wants {reason.wanted}, found {reason.found}")
             if reason.hint:
-                print(f"    {self.style(reason.hint, 'dim')}", file=self._err)
+                lines.append(f"    {self.style(reason.hint, 'dim')}")
         if error.hint:
-            print(f"hint: {error.hint}", file=self._err)
-        print(self.style(f"code: {error.code} (docs/errors.md)", "dim"), file=self._err, flush=True)
+            lines.append(f"hint: {error.hint}")
+        lines.append(self.style(f"code: {error.code} (docs/errors.md)", "dim"))
+        self._print("\n".join(lines), self._err)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        if self._colour:
+            parts = _OURS.split(text)  # every second part is a style
+            parts[::2] = [printable(part) for part in parts[::2]]
+            text = "".join(parts)
+        else:
+            text = printable(text)
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 class Step:
@@ -137,18 +170,18 @@ class Bar:
             TransferSpeedColumn,
         )
 
-        columns: list[Any] = [TextColumn("  {task.description}"), BarColumn(bar_width=30)]
+        columns: list[Any] = [TextColumn("  {task.description}", markup=False), BarColumn(bar_width=30)]
         if unit == "bytes":
             columns += [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
         else:
             columns += [
                 TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeRemainingColumn(),
             ]
         console = Console(file=stream, no_color=not colour)
         self._progress = Progress(*columns, console=console, transient=True, refresh_per_second=8)
-        self._task = self._progress.add_task(title, total=None, note="")
+        self._task = self._progress.add_task(printable(title), total=None, note="")
         self._progress.start()
 
     def update(self, done: float, total: float | None, note: str = "") -> None:

@@ -13,7 +13,7 @@ from cloister.errors import InputError
 @click.command("up", short_help="Start a broker: the attested key service of your contracts.")
 @click.option("--state", type=click.Path(file_okay=False, path_type=Path), help="Its folder.  [default: HOME/broker]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=0, show_default=True, help="Port; 0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="Port; 0 takes a free one.")
 @click.option("--origin", default="cloister.local/broker", show_default=True, help="Name of its log.")
 @click.option(
     "--lease", "lease_s", default=600, show_default=True, help="Seconds that a node may work without attesting again."

@@ -40,9 +40,10 @@ def _waiting(target: Path) -> list[Path]:
     """New generations beside `target`: folders `<target>.next-<number>`, and nothing else that is named alike."""
     name = re.compile(re.escape(target.name) + r"\.next-[0-9]+", re.ASCII)
     try:
-        return sorted(path for path in target.parent.iterdir() if name.fullmatch(path.name) and path.is_dir())
+        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
     except OSError:
         return []  # opening the target itself says what is wrong there
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def current(target: Path, digest: str) -> Path:
@@ -53,6 +54,11 @@ def current(target: Path, digest: str) -> Path:
     if _digest(target) == digest:
         return target
     return next((path for path in _waiting(target) if _digest(path) == digest), target)
+
+
+def finished(target: Path) -> Path:
+    """Return the newest complete generation that waits for the place `target`, or `target` where none does."""
+    return next((path for path in reversed(_waiting(target)) if _digest(path) is not None), target)
 
 
 class Target:

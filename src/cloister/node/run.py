@@ -33,6 +33,7 @@ from cloister.node.progress import read_line
 from cloister.node.report import BarLine, Report
 from cloister.node.signals import StoppedError, Stops, stop_on_signals
 from cloister.node.volumes import mounted
+from cloister.node.words import Speaker, readable
 from cloister.volume.seal import Sealed
 
 LEASE_LOOK_S: Final = 0.5
@@ -91,7 +92,7 @@ def run(
     release = admission.release
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        stops = stack.enter_context(stop_on_signals())
+        stops = stack.enter_context(stop_on_signals("nothing was sealed"))
         # locks: a second run on one output is refused before it starts
         targets = {
             asset: stack.enter_context(claimed(path, release.outputs[asset])) for asset, path in plan.writes.items()
@@ -111,9 +112,11 @@ def run(
                 on_lost=lambda error: None,  # `_watch` looks, and kills from the thread that waits
             )
         )
+        speaker = stack.enter_context(Speaker.of(broker, release, plan.contract.phase[plan.phase].streams_out))
         begin = time.perf_counter()
         with report.step("ran") as step:
-            ended, metrics, words = _watch(running, keeper, report, audience, plan)
+            ended, metrics, words = _watch(running, keeper, report, audience, plan, speaker)
+            speaker.finish()  # its last batch leaves while outputs are sealed
             keeper.check()
             _check_inputs(volumes.faults())
             _check_exit(ended, words, audience, admission)
@@ -145,7 +148,7 @@ def job_of(
 
 
 def _watch(
-    running: Running, keeper: LeaseKeeper, report: Report, audience: Audience, plan: Plan
+    running: Running, keeper: LeaseKeeper, report: Report, audience: Audience, plan: Plan, speaker: Speaker
 ) -> tuple[Exit, dict[str, float], list[str]]:
     """Wait for the end; show what the audience may see. Returns the exit, last metrics, last lines."""
     metrics: dict[str, float] = {}
@@ -154,7 +157,10 @@ def _watch(
     with report.bar(plan.phase, unit="share") as bar:
         readers = [
             threading.Thread(
-                target=_listen, args=(stream, bar, report, audience, metrics, words, lock), daemon=True, name="words"
+                target=_listen,
+                args=(stream, bar, report, audience, metrics, words, lock, speaker),
+                daemon=True,
+                name="words",
             )
             for stream in (running.stdout, running.stderr)
             if stream is not None
@@ -185,6 +191,7 @@ def _listen(
     metrics: dict[str, float],
     words: list[str],
     lock: threading.Lock,
+    speaker: Speaker,
 ) -> None:
     begin = time.monotonic()
     # readline with a limit: a program that prints one endless line fills no memory
@@ -195,18 +202,14 @@ def _listen(
             del words[:-KEPT_LINES]
             if progress is not None:
                 metrics.update(progress.metrics)
+        speaker.hear(line, progress)
         if audience.logs:
-            report.say("│ " + _printable(line))
+            report.say("│ " + readable(line))
         if progress is not None and audience.metrics and progress.fraction is not None:
             note = " ".join(f"{name} {value:g}" for name, value in progress.metrics.items())
             bar.update(progress.fraction, 1.0, note)
         elif not audience.metrics:
             bar.update(0.0, None, f"{time.monotonic() - begin:.0f} s")
-
-
-def _printable(line: bytes) -> str:
-    text = line.decode("utf-8", "replace").rstrip("\n")
-    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
 
 
 def _check_inputs(faults: list[str]) -> None:

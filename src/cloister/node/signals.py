@@ -27,15 +27,16 @@ _NAMES: Final = {signal.SIGINT: "Ctrl-C"}
 class StoppedError(MachineError):
     """A signal asked us to stop; `by` names it for people."""
 
-    def __init__(self, by: str, *, left: str = "nothing was sealed") -> None:
-        super().__init__(f"stopped by {by}; {left}", code="interrupted")
+    def __init__(self, by: str, *, left: str = "") -> None:
+        super().__init__(f"stopped by {by}; {left}" if left else f"stopped by {by}", code="interrupted")
         self.by = by
 
 
 class Stops:
     """Signals of one block: raised at once, or held back for a moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: str) -> None:
+        self._left = left
         self._held = 0
         self._waiting: str | None = None
 
@@ -49,7 +50,7 @@ class Stops:
             self._held -= 1
         if self._held == 0 and self._waiting is not None:
             by, self._waiting = self._waiting, None
-            raise StoppedError(by)
+            raise StoppedError(by, left=self._left)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         for one in SIGNALS:
@@ -58,16 +59,17 @@ class Stops:
         if self._held:
             self._waiting = by
         else:
-            raise StoppedError(by)
+            raise StoppedError(by, left=self._left)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stops]:
+def stop_on_signals(left: str = "") -> Iterator[Stops]:
     """Turn the signals into `StoppedError` for the length of the block; yields what can hold them back.
 
+    `left` says in the error what the block leaves when it is stopped, such as "nothing was sealed".
     A signal that the caller of this process ignores (nohup, a background job of a shell) stays ignored.
     """
-    stops = Stops()
+    stops = Stops(left)
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return

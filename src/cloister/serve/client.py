@@ -112,7 +112,9 @@ class ServiceClient:
         self._trust = trust
         self._broker = broker
         self._clock = clock
-        self._timeout_s = timeout_s
+        answer = contract.phase["serve"].answer if "serve" in contract.phase else None
+        # an answer may wait for the next multiple of `every` before it leaves
+        self._timeout_s = timeout_s + (answer.every.total_seconds() if answer and answer.every else 0.0)
         self._lock = threading.RLock()
         self._connection: http.client.HTTPConnection | None = None
         self._log_key = Verifier.parse(broker.broker.config.log_key)

@@ -6,13 +6,13 @@ stops taking questions, answers those under way, kills the jails and drops the k
 
 from __future__ import annotations
 
-import json
+import signal
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
+from typing import Final
 
 import uvicorn
 
@@ -25,12 +25,17 @@ from cloister.node.lease import LeaseKeeper
 from cloister.node.plan import Plan
 from cloister.node.report import Report
 from cloister.node.run import job_of
+from cloister.node.signals import SIGNALS
 from cloister.node.volumes import Mounted, mounted
 from cloister.serve.answer import Rules, read_labels
 from cloister.serve.pool import FRESH, JailedModel, Pool
 from cloister.serve.service import Service, application
 
-LABELS: str = "labels.json"
+LABELS: Final = "labels.json"
+LARGEST_ANSWER: Final = 4 << 20
+"""Bytes of an encoded answer that fit into a reply."""
+GRACE_S: Final = 30
+"""How long answers under way are waited for when the service stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,14 @@ def rules_of(answer: Answer, volumes: Mounted) -> Rules:
         path = root / LABELS
         if path.is_file():
             labels = read_labels(path.read_bytes())
-            return Rules(answer.form, labels, answer.decimals, answer.pad or 0)
+            rules = Rules(answer.form, labels, answer.decimals, answer.pad or 0)
+            if rules.size + 4 > LARGEST_ANSWER:
+                raise InputError(
+                    "answers under this contract are too large",
+                    reasons=[Reason("answer.pad", f"{rules.size} bytes", f"at most {LARGEST_ANSWER - 4} bytes")],
+                    hint="a smaller `pad`, or fewer labels",
+                )
+            return rules
     raise InputError(
         "the model says nothing about its labels",
         reasons=[Reason("model", "no labels.json", "a JSON array of label names beside the weights")],
@@ -68,12 +80,14 @@ def serve(
     port: int,
     spares: int,
     timeout_s: float,
-    ready_file: Path | None,
+    ready: Callable[[str], None],
     report: Report,
     clock: Callable[[], datetime],
     stack: ExitStack,
 ) -> Counts:
     """Serve until a signal or the end of the lease; `stack` is closed by the caller.
+
+    `ready` is called once with the address, when questions are welcome.
 
     Raises:
         InputError: the phase answers nobody, or the model has no labels.
@@ -95,9 +109,17 @@ def serve(
         pool = Pool(start, fresh=plan.sandbox in FRESH, spares=spares, timeout_s=timeout_s)
         stack.callback(pool.close)
         step.text = f"started {plan.code} in sandbox '{plan.sandbox}' at {prepared.level}"
-    service = Service(admission.release, prepared.attester, broker, pool, rules, clock=clock)
-    server = uvicorn.Server(
-        uvicorn.Config(application(service), log_level="warning", access_log=False, lifespan="off", server_header=False)
+    consumers = {plan.contract.party[name]: name for name in answer.to}
+    service = Service(admission.release, prepared.attester, broker, pool, rules, consumers=consumers, clock=clock)
+    server = _Server(
+        uvicorn.Config(
+            application(service, every=answer.every),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
     )
 
     def lost(error: CloisterError) -> None:
@@ -113,13 +135,25 @@ def serve(
     )
     url = f"http://{listener.getsockname()[0]}:{listener.getsockname()[1]}"
     report.say(f"answering {', '.join(answer.to)} at {url} ({answer.form}); Ctrl-C stops it")
-    if ready_file is not None:
-        ready_file.write_text(json.dumps({"url": url, "contract": plan.contract.id}))
+    ready(url)
     server.run(sockets=[listener])
     keeper.check()
     for fault in volumes.faults():
         report.warn(f"an input failed authentication: {fault}")
     return Counts(service.answered, service.refused)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that stops on a signal and leaves the process alive, so that jails, mounts and keys are cleaned up."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        old = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -41,7 +41,9 @@ MAX_INPUT: Final = 16 << 20
 ASK_STEP: Final = 1024
 """Questions are padded to multiples of this."""
 REPLY_STEP: Final = 4096
-"""Replies are padded to multiples of this; a reply with receipt is below 4 KiB until the log has 2^40 entries."""
+"""Replies are padded to multiples of this."""
+RECEIPT_ROOM: Final = 3584
+"""What a reply needs besides the answer: the receipt is below this until the log has 2^40 entries."""
 
 ASK_INFO: Final = b"cloister/ask/1\x00"
 _QUERY_TAG: Final = b"cloister/ask-query/1\x00"
@@ -163,11 +165,19 @@ def ask_info(contract: str) -> bytes:
     return ASK_INFO + contract.encode("ascii")
 
 
-def seal_outcome(outcome: Outcome, key: Secret) -> bytes:
-    """Return the reply: `outcome` padded to a multiple of `REPLY_STEP` and encrypted. One key seals one reply."""
+def reply_size(answer_bytes: int) -> int:
+    """Return the plaintext size that every reply gets when answers encode to `answer_bytes`: refusals look the same."""
+    return -(-(answer_bytes + RECEIPT_ROOM) // REPLY_STEP) * REPLY_STEP
+
+
+def seal_outcome(outcome: Outcome, key: Secret, *, size: int = REPLY_STEP) -> bytes:
+    """Return the reply: `outcome` padded to `size` bytes (or the next multiple of it) and encrypted.
+
+    One key seals one reply.
+    """
     body = outcome.encode()
     body = len(body).to_bytes(4, "big") + body
-    body = body.ljust(-(-len(body) // REPLY_STEP) * REPLY_STEP, b"\x00")
+    body = body.ljust(-(-len(body) // size) * size, b"\x00")
     nonce = secrets.token_bytes(12)
     return nonce + AESGCM(key.reveal()).encrypt(nonce, body, _REPLY_AAD)
 
