@@ -9,7 +9,7 @@ import click
 from cloister.cli.common import You, options, read_file
 from cloister.cli.keyring import Keyring
 from cloister.cli.ui import human_bytes, human_seconds
-from cloister.errors import InputError
+from cloister.errors import InputError, Reason
 
 
 @click.command("verify", short_help="Check a sealed volume or a receipt.")
@@ -18,11 +18,15 @@ from cloister.errors import InputError
 @click.option("--log-key", default="", help="Verifier key of the log.  [default: of the broker remembered in HOME]")
 @options
 def command(you: You, path: Path, digest: str | None, log_key: str) -> None:
-    """Check every record of a sealed volume that you have the key of, or a receipt file, offline.
+    """Check every record of a sealed volume, or a receipt file, offline.
+
+    With the key of the volume in your home, every record is opened and audited. Without it, whoever merely hosts the
+    volume can still check every stored byte against its name: give the --digest that its contract or receipt states.
 
     \b
     Examples:
       cloister verify scans.sealed
+      cloister verify scans.sealed --digest sha256:5f70…
       cloister verify HOME/receipts/answer-17.json
     """
     if path.is_dir():
@@ -34,22 +38,40 @@ def command(you: You, path: Path, digest: str | None, log_key: str) -> None:
 def _volume(you: You, path: Path, digest: str | None) -> None:
     import time
 
+    from cloister.volume.check import check
     from cloister.volume.read import Volume, peek
 
     head = peek(path)
     key = Keyring(you.home / "keys").find(head.volume_id)
-    if key is None:
-        raise InputError(
-            f"you have no key of {path}",
-            hint="its owner can verify it; `cloister open` fetches keys of outputs you own",
-        )
     begin = time.perf_counter()
+    if key is None:
+        if digest is None:
+            raise InputError(
+                f"you have no key of {path}, so its name is needed",
+                reasons=[Reason("--digest", "nothing", "sha256:… from the contract or a receipt")],
+                hint="without key and name only accidents could be found, not an exchange of the whole volume",
+            )
+        with you.ui.bar("checking") as bar:
+            head = check(path, expect=digest, progress=bar.update)
+        took = time.perf_counter() - begin
+        you.ui.result(
+            {"digest": head.digest, "generation": head.generation, "seconds": took, "key": False},
+            f"{head.digest}: every stored byte is what its name says (checked without a key) in {human_seconds(took)}",
+        )
+        return
     volume = Volume.open(path, key, expect=digest)
     with you.ui.bar("verifying") as bar:
         volume.verify(progress=bar.update)
     took = time.perf_counter() - begin
     you.ui.result(
-        {"digest": volume.digest, "entries": len(volume.tree), "size_bytes": volume.data_len, "seconds": took},
+        {
+            "digest": volume.digest,
+            "generation": volume.generation,
+            "entries": len(volume.tree),
+            "size_bytes": volume.data_len,
+            "seconds": took,
+            "key": True,
+        },
         f"{volume.digest}: every record is authentic, {human_bytes(volume.data_len)} in {human_seconds(took)}",
     )
 
