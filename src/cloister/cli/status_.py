@@ -5,22 +5,42 @@ from __future__ import annotations
 import click
 
 from cloister.cli.common import You, options, table
+from cloister.errors import InputError
 
 
 @click.command("status", short_help="Where contracts and the broker stand.")
 @click.argument("contract", required=False)
+@click.option(
+    "--metrics", is_flag=True, help="What leaves to you while phases of CONTRACT run, signed for with your key."
+)
+@click.option("--phase", default="", help="With --metrics: one phase only.  [default: every phase that names you]")
+@click.option("--follow", is_flag=True, help="With --metrics: go on until what runs has ended.")
 @options
-def command(you: You, contract: str | None) -> None:
+def command(you: You, contract: str | None, metrics: bool, phase: str, follow: bool) -> None:
     """Show the attested broker and its contracts, or one CONTRACT (id or name).
 
     Exit status 5 if the one contract still waits for signatures.
+
+    With --metrics, show what the contract's `metrics_to` gives you, wherever you are: one line per line of the program,
+    logs too where `leaves` names them. With --json each is a JSON object of its own on one line, the last one says how
+    complete it is. Exit status 3 if the contract gives you nothing.
 
     \b
     Examples:
       cloister status
       cloister status pneumonia-xray --json
+      cloister status pneumonia-xray --metrics --follow
     """
+    if contract is None and metrics:
+        raise InputError("`--metrics` wants the file, name or id of a contract", hint="`cloister status` lists them")
+    if (follow or phase) and not metrics:
+        raise InputError("`--follow` and `--phase` go with `--metrics`")
     broker = you.broker()
+    if contract is not None and metrics:
+        from cloister.cli.listening import show
+
+        show(you, broker, contract, phase=phase, follow=follow)
+        return
     if contract is not None:
         one = broker.contract_status(contract)
         lines = [

@@ -100,8 +100,7 @@ class Ui:
     @contextmanager
     def bar(self, title: str, *, unit: str = "bytes") -> Iterator[Bar]:
         """A progress bar on a terminal; off a terminal, nothing but the step lines."""
-        live = not self.as_json and self._err.isatty() and os.environ.get("TERM") != "dumb"
-        bar = Bar(title, unit, self._err if live else None, colour=self._colour)
+        bar = Bar(title, unit, self._err if self._draws else None, colour=self._colour)
         try:
             yield bar
         finally:
@@ -115,6 +114,20 @@ class Ui:
             self._print(json.dumps(data, indent=2, sort_keys=True), self._out)
         elif text is not None:
             self._print(text, self._out)
+
+    def record(self, data: Mapping[str, Any], text: str) -> None:
+        """One line of an answer that has many: with `as_json` one JSON object on one line (JSON lines)."""
+        line = json.dumps(data, sort_keys=True, ensure_ascii=False) if self.as_json else text
+        print(line, file=self._out, flush=True)
+
+    @property
+    def live(self) -> bool:
+        """Whether bars are drawn and nobody but a person reads what is printed."""
+        return self._draws and self._out.isatty()
+
+    @property
+    def _draws(self) -> bool:
+        return not self.as_json and self._err.isatty() and os.environ.get("TERM") != "dumb"
 
     def error(self, error: CloisterError) -> None:
         """Print an error as found / wanted / next step."""
