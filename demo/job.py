@@ -213,6 +213,7 @@ class Job:
             self.story.good(f"attested, unlocked, confined, trained, sealed ({parts})", shielded_s)
         else:
             self.story.good("attested, unlocked, confined, trained, sealed", shielded_s)
+        self.heard(file)
         back = self.folder / "hospital" / "detector"
         self.party("hospital").call(
             "open", str(self.volume("detector")), "--to", str(back), "--contract", str(file), "--asset", "detector"
@@ -226,6 +227,20 @@ class Job:
             ("training, shielded (with attestation, start, sealing)", human_seconds(shielded_s), ""),
             ("ratio of the two", f"{shielded_s / native_s:.2f}", "whole job; per step: ./run bench job"),
         ]
+
+    def heard(self, file: Path) -> None:
+        """What reached parties that were never on the cloud's machine, through the broker."""
+        words = ("status", str(file), "--metrics")
+        begin = time.perf_counter()
+        said = self.party("hospital").call(*words, show=["status", file.name, "--metrics"], as_json=False)
+        lines = said.out.splitlines()
+        if not lines:
+            raise BrokenStoryError("the contract gives the hospital metrics, and it heard none")
+        self.story.good(
+            f"the hospital, at home, heard {len(lines)} lines; the last: {lines[-1]}", time.perf_counter() - begin
+        )
+        spared = self.party("vendor").call(*words, show=["status", file.name, "--metrics"], status=3)
+        self.story.refused(spared.data["reasons"][0]["where"] + ": wants " + _reason(spared.data))
 
     # --- 5 ------------------------------------------------------------------------------------------------------------
 
