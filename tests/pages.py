@@ -1,9 +1,14 @@
-"""The reference page of the command line, made from the commands themselves: `python -m tests.pages` writes docs/cli.md."""
+"""Pages that are made: docs/cli.md from the commands themselves, the lines of a run in README.md from its output.
+
+python -m tests.pages                     writes docs/cli.md
+./run job > LOG && python -m tests.pages job LOG
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +20,8 @@ from cloister.cli import VERBS, cli
 
 HERE: Final = Path(__file__).resolve().parents[1]
 PAGE: Final = HERE / "docs" / "cli.md"
+README: Final = HERE / "README.md"
+JOB: Final = re.compile(r"(<!-- job: .*? -->\n```text\n).*?(```\n<!-- end of job -->)", re.DOTALL)
 
 OPENING: Final = """\
 # The command line
@@ -144,5 +151,30 @@ def page() -> str:
     return OPENING + shared + f"\n## Verbs\n\n| verb | |\n| --- | --- |\n{index}\n\n" + sections
 
 
+def job_lines(log: str) -> str:
+    """Return the steps, refusals, times and figures of a run: its output without command lines and what commands printed."""
+    begin = re.search(r"^1  ", log, re.MULTILINE)
+    if begin is None or "protects nothing" not in log:
+        raise ValueError("not the output of a whole `./run job`")
+    lines = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", log[begin.start() :]).splitlines():
+        if line.startswith(("rc=", "real")):
+            break
+        if not line.startswith("│"):
+            lines.append(line.rstrip())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case []:
+            PAGE.write_text(page())
+        case ["job", log]:
+            lines = job_lines(Path(log).read_text())
+            README.write_text(JOB.sub(lambda found: found[1] + lines + found[2], README.read_text()))
+        case _:
+            raise SystemExit(__doc__)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    main(sys.argv[1:])
