@@ -94,8 +94,9 @@ PRIVILEGED: Final = frozenset(_PRIVILEGED.split())
 CLONE_FORBIDDEN: Final = 0x7E020080
 """CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (linux/sched.h)."""
 
-_IOCTLS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX (asm-generic/ioctls.h)."""
+_IOCTLS: Final = (0x541B, 0x5421, 0x5450, 0x5451)
+"""FIONREAD, FIONBIO, FIONCLEX, FIOCLEX (asm-generic/ioctls.h). Not TCGETS: a job has no terminal, and Python asks at
+every open(); answered here it costs nothing, on a mounted volume it would be a message to the volume's server."""
 _PRCTLS: Final = (1, 2, 3, 4, 16, 23, 38, 39, 40, 41, 42, 0x53564D41)
 """PDEATHSIG, DUMPABLE, GET_NAME, CAPBSET_READ, NO_NEW_PRIVS, TID_ADDRESS, THP and PR_SET_VMA (linux/prctl.h)."""
 _PR_SET_NAME: Final = 15

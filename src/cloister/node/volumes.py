@@ -3,13 +3,17 @@
 Each volume is opened under the digest that the broker named with its key, so an old version, another volume or a
 changed byte is refused before anything runs. Mounts live on a tmpfs in a private mount namespace: other processes
 never see them, and they vanish with the last process in it, however that ends.
+
+Volumes that fit into memory easily are read once from front to back while the program starts: training then runs at the
+speed of the page cache, and the owner of the disk sees one sequential pass instead of the program's order.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +28,9 @@ from cloister.volume.read import Volume
 _PLACES: Final = (Path("/sys/dev"), Path("/boot"))
 """Folders that exist everywhere, hold nobody's data, and are not looked at while a phase runs."""
 _MS_NOEXEC: Final = 8  # <linux/mount.h>
+
+PRELOAD_SHARE: Final = 4
+"""Volumes are read ahead of the program if together they need at most this part (1/4) of the available memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ def mounted(paths: Mapping[str, Path], release: Release, report: Report) -> Iter
     with ExitStack() as stack:
         points: dict[str, Path] = {}
         mounts: dict[str, Mount] = {}
+        size = 0
         if paths:
             root = _private_root(stack)
         for asset, path in paths.items():
@@ -58,8 +66,37 @@ def mounted(paths: Mapping[str, Path], release: Release, report: Report) -> Iter
                 points[asset] = root / asset
                 points[asset].mkdir()
                 mounts[asset] = stack.enter_context(mount(volume, points[asset]))
+                size += volume.data_len
                 step.text = f"mounted {asset}, generation {key.generation}, {len(volume.tree) - 1} entries"
+        if size <= _available_bytes() // PRELOAD_SHARE:
+            stack.enter_context(_preloading(list(mounts.values())))
         yield Mounted(points, mounts)
+
+
+@contextmanager
+def _preloading(mounts: list[Mount]) -> Iterator[None]:
+    """Fill the page cache from `mounts` in the background; nothing depends on it, and it ends with the block."""
+    stopped = threading.Event()
+
+    def read() -> None:
+        for one in mounts:
+            with suppress(MachineError):  # no longer served: the program hears of it itself
+                one.preload(stop=stopped.is_set)
+
+    reader = threading.Thread(target=read, name="preload", daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        reader.join()
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
 
 
 def _private_root(stack: ExitStack) -> Path:

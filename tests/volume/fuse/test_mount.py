@@ -366,6 +366,18 @@ def test_preload_is_one_pass_and_then_the_disk_is_silent(mounted: Mounter, tmp_p
     assert len((tmp_path / "log").read_text().split()) == len(seen)
 
 
+def test_preload_stops_inside_a_file_when_it_is_told_to(mounted: Mounter) -> None:
+    made = mounted(make_volume({b"a": file(b"1"), b"big": file(blob(3_000_000)), b"z": file(b"2")}))
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 5  # a: file, block, end; big: file, first block
+
+    assert 1 < made.preload(stop=stop) < 3_000_000
+
+
 def test_preload_of_a_dead_mount_says_so(mounted: Mounter) -> None:
     made = mounted(make_volume({b"x": file(b"1")}))
     made.close()

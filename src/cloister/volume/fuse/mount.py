@@ -89,8 +89,10 @@ class Mount:
         self._drain()
         return tuple(self._workers)
 
-    def preload(self) -> int:
+    def preload(self, *, stop: Callable[[], bool] = lambda: False) -> int:
         """Read every file once, front to back as they are stored, into the page cache; returns the bytes read.
+
+        Ends early when `stop`, which is asked before each file and each MiB of it, returns True.
 
         For volumes that fit in memory: later reads of any order run at the speed of the page cache, and the owner of the disk sees one
         sequential pass instead of which record is read when. Files that cannot be read are left out (`faults` names them).
@@ -106,10 +108,12 @@ class Mount:
                 with os.scandir(folder) as entries:
                     children = sorted(entries, key=lambda entry: entry.name)
                 for entry in children:
+                    if stop():
+                        return total
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
-                        total += _read_through(entry.path, buffer)
+                        total += _read_through(entry.path, buffer, stop)
             except OSError as error:
                 raise MachineError(f"{self.at} is no longer served: {error.strerror}", code="no-mount") from error
         return total
@@ -333,11 +337,11 @@ def _raise_read_ahead(mount_device: str | None) -> int:
         return 0
 
 
-def _read_through(path: bytes, buffer: bytearray) -> int:
+def _read_through(path: bytes, buffer: bytearray, stop: Callable[[], bool]) -> int:
     total = 0
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while count := os.readv(fd, [buffer]):
+        while not stop() and (count := os.readv(fd, [buffer])):
             total += count
     except OSError as error:
         if error.errno != errno.EIO:
