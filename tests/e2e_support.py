@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,9 @@ from cloister.cli import main as cloister
 TIMEOUT_S: Final = 60.0
 """No command of these tests may take longer, however busy the machine is."""
 PARTIES: Final = ("hospital", "vendor", "clinic", "cloud", "lab")
+
+_STARTED: Final[list[Child]] = []
+"""Every command that a test started; none outlives the session."""
 
 PUPPET: Final = '''\
 """A program that obeys: `orders.json` in its data says what it does, then it writes its output."""
@@ -253,7 +256,7 @@ class Person:
     def start(self, *words: str, as_json: bool = True, before: str = "") -> Child:
         """Start `cloister WORDS` and do not wait for it."""
         program = ["-c", f"{before}\nfrom cloister.cli import entry\nentry()"] if before else ["-m", "cloister"]
-        return Child(
+        child = Child(
             subprocess.Popen(
                 [sys.executable, *program, *self._arguments(words, as_json)],
                 env={**os.environ, **self.environment},
@@ -264,6 +267,8 @@ class Person:
                 start_new_session=True,
             )
         )
+        _STARTED.append(child)
+        return child
 
     def fingerprint(self) -> str:
         return str(self.call("key", "show").expect(0).data["fingerprint"])
@@ -324,6 +329,11 @@ class World:
     @property
     def scripts(self) -> Path:
         return self.folder / "scripts"
+
+    @property
+    def temporary(self) -> Path:
+        """TMPDIR of everybody."""
+        return self.folder / "tmp"
 
     def __getattr__(self, name: str) -> Person:
         if name in PARTIES or name == "stranger":
@@ -459,29 +469,28 @@ def _alive(pid: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """What a command may not leave behind: mounts of this namespace, entries of the temporary folder."""
+    """What a command may not leave behind: mounts of this namespace, entries of its temporary folder."""
 
     mounts: frozenset[str]
     temporary: frozenset[str]
 
     @classmethod
-    def look(cls) -> Traces:
+    def look(cls, world: World) -> Traces:
         mounts = frozenset(
             line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if "cloister" in line
         )
-        names = frozenset(path.name for path in Path("/tmp").iterdir() if path.name.startswith(("cloister", ".next")))
-        return cls(mounts, names)
+        return cls(mounts, frozenset(path.name for path in world.temporary.iterdir()))
 
 
 @contextlib.contextmanager
-def no_traces(deal: Deal, expected: set[str], child: Callable[[], Child] | None = None) -> Iterator[None]:
-    """Nothing of a run is left: no mount, no temporary folder, no process, and `expected` is all the operator has."""
-    before = Traces.look()
+def no_traces(deal: Deal, expected: set[str]) -> Iterator[None]:
+    """Nothing of a run is left: no mount, no temporary folder, and `expected` is all that the operator has."""
+    before = Traces.look(deal.world)
     yield
     deadline = time.monotonic() + 10
-    while Traces.look() != before and time.monotonic() < deadline:
+    while Traces.look(deal.world) != before and time.monotonic() < deadline:
         time.sleep(0.05)  # a killed command's helpers notice within moments
-    assert Traces.look() == before
+    assert Traces.look(deal.world) == before
     assert deal.left() == expected
 
 
@@ -495,15 +504,6 @@ def ready_for_runs() -> str:
     return "" if level in ("L2", "L3") else f"no full jail here ({level})"
 
 
-def shared_tmp(path: Path) -> Path:
-    """Make `path` reachable for users who are not root: pytest's folders are for their owner only."""
-    for folder in (path, *path.parents):
-        if folder == Path("/tmp") or folder.parent == folder:
-            break
-        folder.chmod(folder.stat().st_mode | 0o011)
-    return path
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A broker process (`cloister up`), keys, and the two programs measured in a minimal environment."""
@@ -514,9 +514,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     one = World(folder, folder / "venv" / "bin" / "python")
     one.scripts.mkdir()
+    one.temporary.mkdir()
     (one.scripts / "puppet.py").write_text(PUPPET)
     (one.scripts / "filter.py").write_text(FILTER)
-    settings = {"CLOISTER_INSECURE_SOFT_TEE": "1", "NO_COLOR": "1", "CLOISTER_SERVICE": ""}
+    settings = {"CLOISTER_INSECURE_SOFT_TEE": "1", "NO_COLOR": "1", "TMPDIR": str(one.temporary)}
     broker = Person("broker", folder / "broker", {**settings, "CLOISTER_HOME": str(folder / "broker")})
     ready = folder / "broker.json"
     child = broker.start("up", "--ready-file", str(ready), "--lease", "600")
@@ -539,8 +540,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield one
     finally:
         child.signal(signal.SIGTERM)
-        try:
-            child.popen.communicate(timeout=20)
-        finally:
-            child.popen.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.popen.wait(20)
+        for started in _STARTED:
+            started.popen.kill()
+            started.popen.communicate()
         shutil.rmtree(folder, ignore_errors=True)

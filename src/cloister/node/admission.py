@@ -21,7 +21,7 @@ from cloister.attestation.events import WORKLOAD
 from cloister.attestation.events import Workload as WorkloadEvent
 from cloister.broker.client import BrokerClient, Release
 from cloister.confine.launch import Level
-from cloister.confine.probe import best_level
+from cloister.confine.probe import probe
 from cloister.confine.profile import NAMES as PROFILES
 from cloister.confine.profile import Profile, profile
 from cloister.crypto.keys import Secret
@@ -99,14 +99,7 @@ def prepare(
             hint="ask the contract's parties for a sandbox that confines the code",
         )
     chosen = profile(plan.sandbox)
-    reached = level or best_level()
-    if reached == "L0":
-        raise MachineError(
-            "this machine cannot confine a program",
-            code="no-sandbox",
-            reasons=[Reason("sandbox.level", reached, "L2, or L1 where the data owners accept it")],
-            hint="`cloister doctor` lists what is missing and how to get it",
-        )
+    reached = level or _best_level()
     event = WorkloadEvent(workload.digest, plan.sandbox, chosen.digest(), reached)
     attester.extend(WORKLOAD, event.encode())  # 4
     return Prepared(workload, staged, chosen, reached, attester)
@@ -130,6 +123,19 @@ def admit(plan: Plan, prepared: Prepared, broker: BrokerClient, report: Report) 
         names = ", ".join([*plan.reads, *plan.writes]) or "no assets"
         step.text = f"attested as {prepared.attester.name} at {prepared.level}; keys of {names} released"
     return Admission(prepared, release)
+
+
+def _best_level() -> Level:
+    """Return the best confinement level of this machine, or say what is missing for one."""
+    seen = probe()
+    if seen.level == "L0":
+        raise MachineError(
+            "this machine cannot confine a program",
+            code="no-sandbox",
+            reasons=seen.missing or [Reason("sandbox.level", "L0", "L2, or L1 where the data owners accept it")],
+            hint="`cloister doctor` shows the whole machine",
+        )
+    return seen.level
 
 
 def _explain_difference(plan: Plan, workload: Workload, expected: Workload | None, report: Report) -> None:

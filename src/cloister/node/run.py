@@ -31,7 +31,7 @@ from cloister.node.outputs import Target, claimed
 from cloister.node.plan import Plan
 from cloister.node.progress import read_line
 from cloister.node.report import BarLine, Report
-from cloister.node.signals import StoppedError, Stops, stop_on_signals
+from cloister.node.signals import Stops, stop_on_signals
 from cloister.node.volumes import mounted
 from cloister.node.words import Speaker, readable
 from cloister.volume.seal import Sealed
@@ -269,9 +269,8 @@ def _publish(
         with stops.held():
             for asset, target in targets.items():
                 outputs[asset] = _register(target, broker, release, asset, sealed[asset])
+                stops.left = f"{', '.join(outputs)} had just been sealed and registered"
     except CloisterError as error:
-        if isinstance(error, StoppedError):
-            raise StoppedError(error.by, left=f"{', '.join(outputs)} had just been sealed and registered") from error
         if outputs:
             error.hint = f"{', '.join(outputs)} had been sealed and registered before; {error.hint}".removesuffix("; ")
         raise

@@ -25,20 +25,23 @@ _NAMES: Final = {signal.SIGINT: "Ctrl-C"}
 
 
 class StoppedError(MachineError):
-    """A signal asked us to stop; `by` names it for people."""
+    """A signal asked us to stop; what `stop_on_signals` turns it into for whoever is outside of the block."""
 
     def __init__(self, by: str, *, left: str = "") -> None:
         super().__init__(f"stopped by {by}; {left}" if left else f"stopped by {by}", code="interrupted")
-        self.by = by
+
+
+class _Signalled(BaseException):  # like KeyboardInterrupt: no handler of ordinary errors may swallow it
+    """Unwinds the block that a signal stops."""
 
 
 class Stops:
-    """Signals of one block: raised at once, or held back for a moment."""
+    """Signals of one block: raised at once, or held back for a moment. `left` says what the block leaves so far."""
 
     def __init__(self, left: str) -> None:
-        self._left = left
+        self.left = left
+        self.by = ""
         self._held = 0
-        self._waiting: str | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -48,26 +51,27 @@ class Stops:
             yield
         finally:
             self._held -= 1
-        if self._held == 0 and self._waiting is not None:
-            by, self._waiting = self._waiting, None
-            raise StoppedError(by, left=self._left)
+        if self._held == 0 and self.by:
+            raise _Signalled
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         for one in SIGNALS:
             signal.signal(one, signal.SIG_IGN)
-        by = _NAMES.get(signal.Signals(number), signal.Signals(number).name)
-        if self._held:
-            self._waiting = by
-        else:
-            raise StoppedError(by, left=self._left)
+        self.by = _NAMES.get(signal.Signals(number), signal.Signals(number).name)
+        if not self._held:
+            raise _Signalled
 
 
 @contextmanager
 def stop_on_signals(left: str = "") -> Iterator[Stops]:
     """Turn the signals into `StoppedError` for the length of the block; yields what can hold them back.
 
-    `left` says in the error what the block leaves when it is stopped, such as "nothing was sealed".
-    A signal that the caller of this process ignores (nohup, a background job of a shell) stays ignored.
+    `left` says in the error what the block leaves when it is stopped, such as "nothing was sealed". A signal that the
+    caller of this process ignores (nohup, a background job of a shell) stays ignored.
+
+    Raises:
+        StoppedError: a signal came. Inside the block it is no `Exception`, so that nothing there can mistake it for a
+            failure of its own.
     """
     stops = Stops(left)
     if threading.current_thread() is not threading.main_thread():
@@ -79,6 +83,10 @@ def stop_on_signals(left: str = "") -> Iterator[Stops]:
             signal.signal(number, stops.handle)
     try:
         yield stops
+    except _Signalled:
+        if not stops.by:  # an outer block's signal
+            raise
+        raise StoppedError(stops.by, left=stops.left) from None
     finally:
         for number, handler in old.items():
             # None: a handler that was not installed from Python; it cannot be put back, so the default has to do
