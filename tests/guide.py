@@ -47,14 +47,18 @@ def normal(text: str) -> str:
         (r"SHA256:[A-Za-z0-9+/]{43}", "SHA256:X"),
         (r"\b[0-9a-f]{16,96}\b…?", "HEX"),
         (r"\bd-[0-9a-f]{12}\b", "d-X"),
-        (r"\b[ld]-[0-9a-f]{32}\b", "l-X"),
+        (r"\bl-[0-9a-f]{6,32}\b", "l-X"),
+        (r"\b\d\d:\d\d:\d\dZ", "CLOCK"),
+        (r"\b(loss|accuracy) [\d.]+", r"\1 N"),
         (r"\d{4}-\d{2}-\d{2}( \d{2}:\d{2}:\d{2} UTC)?", "DATE"),
-        (r"\b[\d.,]+ (ms|s|min|B|kB|MB|GB|files)\b", r"N \1"),
-        (r"(?<!\w)\d+ ms\b", "N ms"),
+        (r"\b[\d.:,]+ (ms|s|min)\b", "TIME"),
+        (r"\b[\d.,]+ (B|kB|MB|GB)\b", "SIZE"),
+        (r"\+[0-9a-f]{8}\+[\w+/=]+", "+KEY"),
+        (r"^(software|known answers|platform|sandbox|mount|memory|ssh-keygen) +(ok|note|missing).*$", r"\1 \2"),
         (r"(CPython|Python) [\d.]+", r"\1 N"),
         (r"[ \t]+", " "),
     ):
-        text = re.sub(pattern, word, text)
+        text = re.sub(pattern, word, text, flags=re.MULTILINE)
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 

@@ -57,6 +57,7 @@ PURE: Final = (
     "confine/syscalls.py",
     "broker/decide.py",
     "broker/life.py",
+    "broker/relay.py",
     "broker/session.py",
     "broker/wire.py",
     "broker/log/*",
@@ -78,7 +79,7 @@ EDGES: Final = ("attestation/edge/*", "contract/edge.py")
 
 STANDARD: Final = {
     "__future__", "array", "ast", "base64", "binascii", "bisect", "collections", "contextlib", "csv", "dataclasses", "datetime",
-    "difflib", "enum", "errno", "fnmatch", "functools", "hashlib", "hmac", "itertools", "json", "math", "operator", "posixpath", "re",
+    "difflib", "enum", "errno", "fnmatch", "functools", "hashlib", "heapq", "hmac", "itertools", "json", "math", "operator", "posixpath", "re",
     "string", "struct", "textwrap", "tomllib", "types", "typing", "unicodedata", "warnings", "zlib",
 }  # fmt: skip
 """Modules of the standard library that touch no file, socket, clock, process or randomness."""
