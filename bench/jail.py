@@ -1,6 +1,6 @@
 """What the jail costs: start of a Python program, and the speed of one that computes. Native and jailed in turn (ABAB).
 
-    python bench/jail.py [--rounds 15] [--profile sealed] [--json]
+    ./run bench jail [--rounds 15] [--profile sealed] [--json]
 
 Start is the wall time of `python -I -S -c pass` from call to end. Two loops are CPU seconds inside the program:
 `compute` is arithmetic, which nothing of the jail should touch; `files` opens, reads and closes a small file, where
@@ -10,14 +10,13 @@ every call passes seccomp and each open Landlock.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
-import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from bench.common import Figure, added, timed
 from cloister.confine.job import Bind, Job
 from cloister.confine.launch import launch
 from cloister.confine.profile import profile
@@ -53,45 +52,25 @@ def jailed(code: str, name: str) -> str:
     return text
 
 
-def measure(rounds: int, name: str) -> dict[str, object]:
-    starts: dict[str, list[float]] = {"native": [], "jail": []}
-    loops: dict[str, list[tuple[float, float]]] = {"native": [], "jail": []}
-    for _ in range(rounds):
-        for side in ("native", "jail"):
-            run = native if side == "native" else lambda code: jailed(code, name)
-            began = time.perf_counter()
-            run("pass")
-            starts[side].append((time.perf_counter() - began) * 1000)
-            compute, files = run(LOOP).split()
-            loops[side].append((float(compute), float(files)))
-    start = {side: round(statistics.median(values), 1) for side, values in starts.items()}
-    found: dict[str, object] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} processors, Linux {platform.release()}",
-        "profile": name,
-        "rounds": rounds,
-        "start_ms": {**start, "added": round(start["jail"] - start["native"], 1)},
-        "start_min_ms": {side: round(min(values), 1) for side, values in starts.items()},
-    }
-    for index, kind in enumerate(("compute", "files")):
-        pairs = zip(loops["jail"], loops["native"], strict=True)
-        found[f"{kind}_cpu_s"] = {side: round(statistics.median(v[index] for v in loops[side]), 4) for side in loops}
-        found[f"{kind}_ratio"] = round(statistics.median(jail[index] / plain[index] for jail, plain in pairs), 3)
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="cost of the jail, native and jailed in turn")
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--profile", default="sealed", choices=("offline", "one-shot", "sealed"))
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    found = measure(options.rounds, options.profile)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key:14} {value}")
 
 
-if __name__ == "__main__":
-    main()
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
+    starts: dict[str, list[float]] = {"native": [], "jail": []}
+    loops: dict[str, list[tuple[float, float]]] = {"native": [], "jail": []}
+    for _ in range(options.rounds):
+        for side in ("native", "jail"):
+            run = native if side == "native" else partial(jailed, name=options.profile)
+            starts[side].append(timed(partial(run, "pass")))
+            compute, files = run(LOOP).split()
+            loops[side].append((float(compute), float(files)))
+    name = f"jail.{options.profile}"
+    yield added(f"{name}.start.added", starts, "ms")
+    for side, values in starts.items():
+        yield Figure(f"{name}.start.{side}.min", min(values), "ms")
+    for index, kind in enumerate(("compute", "files")):
+        medians = {side: statistics.median(pair[index] for pair in pairs) for side, pairs in loops.items()}
+        ratios = [jail[index] / plain[index] for jail, plain in zip(loops["jail"], loops["native"], strict=True)]
+        yield Figure(f"{name}.{kind}.cpu", statistics.median(ratios), "ratio", sides=medians, side_unit="s")

@@ -1,30 +1,30 @@
 """What a log entry costs: one append at a time, many at once, an fsync of this disk beside it, a restart.
 
-    python bench/log.py [--json] [--count 1000] [--folder DIR]
+    ./run bench log [--json] [--count 1000] [--folder DIR]
 
 A "single" append is one answer spent from one thread: decided, hashed, folded, signed, committed with one fsync, and its
 receipt made. "fsync" is fdatasync of 8 KiB appended to a plain file in the same folder, measured in turns with the
 appends (A B A B ...), so other disk traffic meets both; "over fsync" is the difference of the two medians. "group" is
 what 2,000 coroutines get that ask at once. Two processors, a busy disk and a quiet one differ by a factor of ten: quote
-the ratio and the minimum. `--json` prints one line per figure: figure, value, unit, target (or null).
+the ratio and the minimum.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import rfc8785
 
+from bench.common import Figure, timed
 from cloister.broker.log.leaf import parse_own
 from cloister.broker.log.receipt import verify_receipt
 from cloister.broker.log.tree import Tree, leaf_hash, verify_inclusion
@@ -32,13 +32,6 @@ from cloister.broker.store.ledger import Granted, Ledger, Pending
 from cloister.crypto.keys import Secret, digest
 
 MASTER, TOML, NOW = Secret(b"bench-master-key-bench-master-ke"), b"contract", datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
-
-
-def figure(name: str, value: float, unit: str, *, target: float | None = None, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"figure": name, "value": round(value, 4), "target": target, "unit": unit}))
-    else:
-        print(f"{name:34} {value:12.4f} {unit:12} {f'target {target:g}' if target is not None else ''}".rstrip())
 
 
 def spend(ledger: Ledger, number: int) -> Pending[Granted]:
@@ -51,13 +44,6 @@ def spend(ledger: Ledger, number: int) -> Pending[Granted]:
         now=NOW,
         denial=f"d-{number}",
     )
-
-
-def timed(action: Callable[[], object]) -> float:
-    """Return milliseconds."""
-    start = time.perf_counter()
-    action()
-    return (time.perf_counter() - start) * 1e3
 
 
 def single(ledger: Ledger, count: int, plain: int) -> tuple[list[float], list[float]]:
@@ -86,16 +72,12 @@ def best_us(action: Callable[[], object]) -> float:
     return min(timeit.repeat(action, number=200, repeat=7)) / 200 * 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=None)
-    options = parser.parse_args()
 
-    def show(name: str, value: float, unit: str, target: float | None = None) -> None:
-        figure(name, value, unit, target=target, as_json=options.json)
 
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         state = Path(folder) / "state"
         plain = os.open(Path(folder) / "plain", os.O_RDWR | os.O_CREAT, 0o600)
@@ -106,41 +88,37 @@ def main() -> None:
             appends, syncs = single(ledger, options.count, plain)
             os.close(plain)
             over = statistics.median(appends) - statistics.median(syncs)
-            show("log.single.min", min(appends), "ms")
-            show("log.single.p50", statistics.median(appends), "ms", 2.0)
-            show("log.single.p99", sorted(appends)[int(len(appends) * 0.99)], "ms")
-            show("log.fsync.p50", statistics.median(syncs), "ms")
-            show("log.single.over_fsync.p50", over, "ms", 0.3)
-            show("log.single.over_fsync.min", min(appends) - min(syncs), "ms", 0.3)
+            yield Figure("log.single.min", min(appends), "ms")
+            yield Figure("log.single.p50", statistics.median(appends), "ms", 2.0)
+            yield Figure("log.single.p99", sorted(appends)[int(len(appends) * 0.99)], "ms")
+            yield Figure("log.fsync.p50", statistics.median(syncs), "ms")
+            yield Figure("log.single.over_fsync.p50", over, "ms", 0.3)
+            yield Figure("log.single.over_fsync.min", min(appends) - min(syncs), "ms", 0.3)
             rates = [asyncio.run(together(ledger, 2000)) for _ in range(5)]
-            show("log.group.rate", statistics.median(rates), "entries/s", 1000)
+            yield Figure("log.group.rate", statistics.median(rates), "entries/s", 1000, "higher")
             receipt = spend(ledger, 0).result(60).receipt
             leaf = parse_own(receipt.data)
-            show("log.receipt.verify", best_us(lambda: verify_receipt(receipt, ledger.log_key)), "us")
-            show("log.receipt.encode", best_us(receipt.encode), "us")
+            yield Figure("log.receipt.verify", best_us(lambda: verify_receipt(receipt, ledger.log_key)), "us")
+            yield Figure("log.receipt.encode", best_us(receipt.encode), "us")
             fast, general = best_us(leaf.encode), best_us(lambda: rfc8785.dumps(leaf.as_json()))
-            show("log.leaf.encode", fast, "us")
-            show("log.leaf.encode.ratio", general / fast, "x faster")
+            yield Figure("log.leaf.encode", fast, "us")
+            yield Figure("log.leaf.encode.ratio", general / fast, "x faster")
             size = ledger.size
         start = time.perf_counter()
         with Ledger.open(state, MASTER) as ledger:
-            show("log.open.rate", size / (time.perf_counter() - start), "entries/s")
-            show("log.open.bytes_per_entry", (state / "broker.db").stat().st_size / ledger.size, "bytes")
+            yield Figure("log.open.rate", size / (time.perf_counter() - start), "entries/s")
+            yield Figure("log.open.bytes_per_entry", (state / "broker.db").stat().st_size / ledger.size, "bytes")
 
     hashes = [leaf_hash(b"%d" % number) for number in range(200_000)]
     tree = Tree()
     start = time.perf_counter()
     for value in hashes:
         tree.append(value)
-    show("log.tree.append", (time.perf_counter() - start) / len(hashes) * 1e6, "us")
+    yield Figure("log.tree.append", (time.perf_counter() - start) / len(hashes) * 1e6, "us")
     proof, root = tree.inclusion(123_456), tree.root()
-    show("log.tree.prove", best_us(lambda: tree.inclusion(123_456)), "us")
-    show(
+    yield Figure("log.tree.prove", best_us(lambda: tree.inclusion(123_456)), "us")
+    yield Figure(
         "log.tree.verify",
         best_us(lambda: verify_inclusion(hashes[123_456], 123_456, tree.size, proof, root)),
         "us",
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How fast are reads from a mounted volume, compared with the same files on the plain disk below?
 
-    python bench/mount.py [--rounds 5] [--size-mb 1024] [--files 20000] [--workers 1] [--folder /var/tmp] [--json]
+    ./run bench mount [--rounds 5] [--size-mb 1024] [--files 20000] [--workers 1] [--folder /var/tmp] [--json]
 
 A is the source folder, B the mounted volume sealed from it; they take turns (A B A B ...), and every figure is a median. Files:
 one of random bytes, and a tree in 200 folders with log-normal sizes (mean 32 KiB). Workloads, one reader process each:
@@ -19,7 +19,6 @@ run right after it. Each figure comes as an absolute number of B and as the rati
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import mmap
 import os
@@ -27,10 +26,11 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.common import Figure
 from cloister.crypto.keys import Secret
 from cloister.volume.fuse import Mount, mount
 from cloister.volume.read import Volume
@@ -162,43 +162,37 @@ def compare(plain: Path, mounted: Mount, rounds: int, only: str) -> dict[str, di
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="a mounted volume against the plain disk")
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size-mb", type=int, default=1024)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", default="", help="workloads, with commas between them")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="on the disk to compare with")
-    parser.add_argument("--json", action="store_true", help="one line per figure: {figure, value, target}")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+
+
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
         source, sealed, at = Path(place, "source"), Path(place, "volume"), Path(place, "mnt")
-        make_source(source, arguments.size_mb * MIB, arguments.files)
+        make_source(source, options.size_mb * MIB, options.files)
         key = Secret.random()
         digest = seal(source, sealed, key=key).digest
         at.mkdir()
         with (
             Volume.open(sealed, key, expect=digest) as volume,
-            mount(volume, at, workers=arguments.workers) as mounted,
+            mount(volume, at, workers=options.workers) as mounted,
         ):
             (at / "big.bin").stat()
-            results = compare(source, mounted, arguments.rounds, arguments.only)
+            results = compare(source, mounted, options.rounds, options.only)
     for name, sides in results.items():
         plain = statistics.median(sample.rate for sample in sides["plain"])
         rate = statistics.median(sample.rate for sample in sides["mount"])
-        best = max(sample.rate for sample in sides["mount"])
+        by_size = name.startswith(("seq", "mmap"))
+        unit = "GB/s" if by_size else "1/s"
+        yield Figure(f"mount.{name}", rate, unit, TARGETS.get(name), "higher")
+        yield Figure(f"mount.{name}.best", max(sample.rate for sample in sides["mount"]), unit)
         cpu = min(sample.cpu for sample in sides["mount"])
-        if arguments.json:
-            for figure, value in ((name, rate), (f"{name}.ratio", rate / plain)):
-                target = TARGETS.get(figure)
-                print(json.dumps({"figure": f"mount.{figure}", "value": round(value, 3), "target": target}))
-        else:
-            shown = f"{cpu:.3f} s/GB" if name.startswith(("seq", "mmap")) else f"{cpu * 1e6:.0f} us"
-            print(
-                f"mount.{name}: {rate:,.2f} (best {best:,.2f}, cpu {shown}), plain {plain:,.2f}, ratio {rate / plain:.2f}"
-            )
-
-
-if __name__ == "__main__":
-    main()
+        yield Figure(f"mount.{name}.cpu", cpu if by_size else cpu * 1e6, "s/GB" if by_size else "us")
+        ratio = f"{name}.ratio"
+        medians = {"plain": plain, "mount": rate}
+        yield Figure(f"mount.{ratio}", rate / plain, "ratio", TARGETS.get(ratio), "higher", medians, unit)

@@ -1,29 +1,28 @@
 """Attest + appraise + release, p50 and p99: a real broker process, TLS over loopback, the log entry on disk first.
 
-    python bench/release.py [--json] [--count 300] [--cold 60]
+    ./run bench release [--json] [--count 300] [--cold 60]
 
 One warm release is: nonce (one round trip), evidence over the binding (soft TDX: a quote with a real ECDSA chain),
 release (second round trip; the broker verifies quote, chain and collateral with dcap-qvl, judges the contract, writes
 the log entry with fsync, seals two keys), opening of the sealed answer. Cold adds TCP, TLS and the attestation of the
 broker by the client. Soft quotes are made by this process and cost it about what verifying costs: on hardware the
-quote comes from the TDX module instead. `--json` prints one line per figure: figure, value, target, unit.
+quote comes from the TDX module instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from bench.common import Figure
 from cloister.attestation.edge.attester import SoftTdxAttester
 from cloister.attestation.events import WORKLOAD, Workload
 from cloister.broker.client import own_measurement
@@ -97,14 +96,13 @@ def fsync_ms(folder: Path) -> float:
         return statistics.median(times_ms(50, once))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--cold", type=int, default=60)
-    parser.add_argument("--clients", type=int, default=4)
-    given = parser.parse_args()
-    figures: list[tuple[str, float, float | None, str]] = []
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", type=int, default=300, help="warm releases")
+    parser.add_argument("--cold", type=int, default=60, help="releases over a fresh connection to a fresh broker")
+    parser.add_argument("--clients", type=int, default=4, help="threads that ask at once")
+
+
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name, running_broker(Path(name) / "state", process=True) as broker:
         bench = prepare(broker)
         attester, pair = node(), hpke.KeyPair.generate()
@@ -114,25 +112,26 @@ def main() -> int:
 
         warm = broker.client()
         times_ms(20, release)
-        found = times_ms(given.count, release)
-        figures.append(("release warm p50", statistics.median(found), 2.0, "ms"))
-        figures.append(("release warm p99", found[int(len(found) * 0.99)], None, "ms"))
-        figures.append(("release warm min", found[0], None, "ms"))
+        found = times_ms(options.count, release)
+        yield Figure("release warm p50", statistics.median(found), "ms", target=2.0)
+        yield Figure("release warm p99", found[int(len(found) * 0.99)], "ms")
+        yield Figure("release warm min", found[0], "ms")
 
         def cold() -> None:
             with broker.client() as fresh:
                 fresh.release(bench, "train", reads=("data",), writes=("model",), attester=attester, keypair=pair)
 
-        found = times_ms(given.cold, cold)
-        figures.append(("release cold p50", statistics.median(found), 5.0, "ms"))
-        figures.append(("release cold p99", found[int(len(found) * 0.99)], None, "ms"))
-        figures.append(("release cold min", found[0], None, "ms"))
+        found = times_ms(options.cold, cold)
+        yield Figure("release cold p50", statistics.median(found), "ms", target=5.0)
+        yield Figure("release cold p99", found[int(len(found) * 0.99)], "ms")
+        yield Figure("release cold min", found[0], "ms")
 
-        figures.append(("of it: soft quote (client)", statistics.median(times_ms(50, lambda: attester.evidence(bytes(64)))), None, "ms"))  # fmt: skip
-        figures.append(("of it: one round trip", statistics.median(times_ms(100, warm.status)), None, "ms"))
-        figures.append(("of it: fdatasync of 4 KiB", fsync_ms(Path(name)), None, "ms"))
+        quotes = times_ms(50, lambda: attester.evidence(bytes(64)))
+        yield Figure("of it: soft quote (client)", statistics.median(quotes), "ms")
+        yield Figure("of it: one round trip", statistics.median(times_ms(100, warm.status)), "ms")
+        yield Figure("of it: fdatasync of 4 KiB", fsync_ms(Path(name)), "ms")
 
-        done = [0] * given.clients
+        done = [0] * options.clients
 
         def hammer(index: int) -> None:
             with broker.client() as own:
@@ -141,21 +140,9 @@ def main() -> int:
                     own.release(bench, "train", reads=("data",), writes=("model",), attester=attester, keypair=own_pair)
                     done[index] += 1
 
-        threads = [threading.Thread(target=hammer, args=(index,)) for index in range(given.clients)]
+        threads = [threading.Thread(target=hammer, args=(index,)) for index in range(options.clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        figures.append((f"releases a second, {given.clients} clients in one process", sum(done) / 1.5, None, "1/s"))
-    for figure, value, target, unit in figures:
-        if given.json:
-            line = {"figure": figure, "value": round(value, 3), "target": target, "unit": unit}
-            sys.stdout.write(json.dumps(line) + "\n")
-        else:
-            wanted = f"   target <= {target:g}" if target is not None else ""
-            sys.stdout.write(f"{figure:<48}{value:9.2f} {unit}{wanted}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        yield Figure(f"releases, {options.clients} clients in one process", sum(done) / 1.5, "1/s")

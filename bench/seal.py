@@ -1,6 +1,6 @@
 """How fast is sealing, compared with `cp` of the same files on the same core into the page cache?
 
-    python bench/seal.py [--rounds 5] [--size-mb 1024] [--files 20000] [--cores 1] [--folder /dev/shm] [--json]
+    ./run bench seal [--rounds 5] [--size-mb 1024] [--files 20000] [--cores 1] [--folder /dev/shm] [--json]
 
 A is `cp -r`, B `seal` without leaves, C `seal` with leaves (the default); they take turns, so that a noisy neighbour hits all of
 them, and each figure is a ratio of medians, t(cp) / t(seal): 1 means as fast as `cp`. Sources are one file of random bytes, and a
@@ -16,7 +16,6 @@ run it several times and take the rounds with the fastest `cp`. Needs about thre
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -25,10 +24,11 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from bench.common import Figure
 from cloister.crypto.keys import Secret
 from cloister.volume.check import check
 from cloister.volume.read import Volume
@@ -116,39 +116,37 @@ def reading(source: Path, target: Path, rounds: int) -> dict[str, float]:
     return median
 
 
-def show(figure: str, value: float, target: float | None, text: str, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"figure": figure, "value": round(value, 3), "target": target, "unit": "ratio"}), flush=True)
-    else:
-        print(f"{figure}: {value:.2f} ({text}), target {target}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="seal against cp")
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size-mb", type=int, default=1024)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--json", action="store_true", help="one line per figure: {figure, value, target, unit}")
-    arguments = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-arguments.cores :])
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
-        make_big(Path(place, "big"), arguments.size_mb << 20)
-        make_tree(Path(place, "tree"), arguments.files)
+
+
+def figures(options: argparse.Namespace) -> Iterator[Figure]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[-options.cores :])
+    try:
+        yield from compare(options)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def compare(options: argparse.Namespace) -> Iterator[Figure]:
+    def figure(name: str, median: Mapping[str, float], first: str, second: str, target: float | None) -> Figure:
+        sides = {first: median[first], second: median[second]}
+        value = median[first] / median[second]
+        return Figure(f"{name}.{options.cores}core", value, "ratio", target, "higher", sides, "s")
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        make_big(Path(place, "big"), options.size_mb << 20)
+        make_tree(Path(place, "tree"), options.files)
         where = Path(place, "out")
         for source in ("big", "tree"):
-            median = sealing(Path(place, source), where, arguments.rounds)
+            median = sealing(Path(place, source), where, options.rounds)
             for side in ("plain", "leaves"):
-                text = f"{median[side]:.3f} s, cp {median['cp']:.3f} s"
-                figure = f"seal.{source}.{side}.{arguments.cores}core"
-                show(figure, median["cp"] / median[side], TARGET, text, as_json=arguments.json)
-        median = reading(Path(place, "big"), where, arguments.rounds)
+                yield figure(f"seal.{source}.{side}", median, "cp", side, TARGET)
+        median = reading(Path(place, "big"), where, options.rounds)
         for side in ("audit", "check"):
-            text = f"{median[side]:.3f} s, read {median['read']:.3f} s"
-            figure = f"read.big.{side}.{arguments.cores}core"
-            show(figure, median["read"] / median[side], None, text, as_json=arguments.json)
-
-
-if __name__ == "__main__":
-    main()
+            yield figure(f"read.big.{side}", median, "read", side, None)
