@@ -87,7 +87,7 @@ def node() -> list[click.Option]:
 
 def row(option: click.Option, context: click.Context) -> str:
     """`| --port INTEGER | Port; 0 takes a free one. | 0 |`."""
-    metavar = "" if option.is_flag else " " + option.make_metavar(context)
+    metavar = "" if option.is_flag else " " + option.make_metavar(context).removesuffix(" RANGE")
     help_text, default = option.help or "", ""
     if match := re.search(r"\s+\[default: (.*)\]$", help_text):
         help_text, default = help_text[: match.start()], match[1]
@@ -97,6 +97,13 @@ def row(option: click.Option, context: click.Context) -> str:
         default = f"`{option.default}`"
     if option.multiple:
         help_text += " May be given several times."
+    if isinstance(option.type, click.IntRange | click.FloatRange):
+        low, high = option.type.min, option.type.max
+        bounds = [
+            *([f"{'above' if option.type.min_open else 'at least'} {low:g}"] if low is not None else []),
+            *([f"at most {high:g}"] if high is not None else []),
+        ]
+        help_text += f" {' and '.join(bounds).capitalize()}."
     if option.envvar:
         help_text += f" Environment: `{option.envvar}`."
     name = f"{', '.join(option.opts)}{metavar}".replace("|", "\\|")
