@@ -20,9 +20,11 @@ import pytest
 
 import cloister.node.workload.edge.bytecode as compiling
 import cloister.node.workload.edge.stage as staging
+from cloister.crypto.canonical import cbor_decode
 from cloister.crypto.keys import Secret
 from cloister.errors import InputError, MachineError, TamperedError
 from cloister.node.workload import Part, Staged, Workload, WorkloadSpec, measure, prune, stage, stored
+from cloister.node.workload.edge import cache
 from cloister.node.workload.edge.bytecode import Bind, bubblewrap
 from cloister.node.workload.edge.hashing import Hashed, hash_file
 from tests.node.workload.elves import elf
@@ -354,6 +356,59 @@ def test_progress_ends_at_the_total(store: Store) -> None:
     store.stage(progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 0
+
+
+# What one workload, or whoever has the disk, could plant for another.
+
+EVIL_COMPILER = """
+import importlib.util, marshal, struct, sys
+code = marshal.dumps(compile("STEP = 'evil'", "x", "exec"))
+data = importlib.util.MAGIC_NUMBER + struct.pack("<I", 1) + bytes(8) + code
+for line in sys.stdin.buffer:
+    there = not line.startswith(b"/no/such")
+    sys.stdout.buffer.write(struct.pack(">I", len(data)) + data if there else b"\\xff" * 4)
+    sys.stdout.flush()
+"""
+
+
+def test_hostile_interpreter_cannot_plant_bytecode_for_the_same_scripts_under_another(store: Store) -> None:
+    def evil(argv: Sequence[str], binds: Sequence[Bind]) -> subprocess.Popen[bytes]:
+        return compiling._start([sys.executable, "-I", "-S", "-c", EVIL_COMPILER])
+
+    honest = store.world.measure()
+    write(store.world.library / "os.py", b"name = 'evil'\n")
+    hostile = store.world.measure()
+    assert hostile.app.digest == honest.app.digest
+    store.stage(hostile, jail=evil)
+    write(store.world.library / "os.py", b"name = 'posix'\n")
+    staged = store.stage(honest)
+    app = next(source for source, target in staged.binds if target == "/app")
+    assert b"evil" not in (app / "__pycache__" / f"helper.{TAG}.pyc").read_bytes()
+
+
+@pytest.mark.parametrize("forged_with", [None, Secret(b"operator's own key, thirty-two b")])
+def test_operator_cannot_rewrite_the_store_while_the_machine_is_off(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forged_with: Secret | None
+) -> None:
+    workload = store.world.measure()
+    store.stage(workload)
+    evil = store.root("runtime") / SITE / "__pycache__" / f"beta.{TAG}.pyc"
+    changed(evil, b"evil")
+    index = store.root("runtime").parent / "index"
+    listing = staging._Listing.of(store.root("runtime"))
+    listing.digests(store.root("runtime"))
+    body = cbor_decode(index.read_bytes()[cache._HEADER :])
+    cache.save(index, {**body, **listing.columns()}, label=staging.LABEL, mac_key=forged_with)
+    store.stage(workload)
+    assert evil.read_bytes() != b"evil"
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o1777])
+def test_store_that_others_can_write_to_is_refused(store: Store, mode: int) -> None:
+    store.path.mkdir()
+    store.path.chmod(mode)
+    with pytest.raises(MachineError, match="others can write"):
+        store.stage()
 
 
 # The compiler is untrusted: what it answers cannot hang, fill or confuse the node.

@@ -2,7 +2,8 @@
 
 The interpreter and the sources belong to the workload, so they are as untrusted as the workload: compiling happens in
 namespaces without network, devices or any file but the staged ones, and all that comes back are length-prefixed byte
-strings. What a worker returns is loaded only by the program whose interpreter and sources it came from.
+strings. What a worker returns is loaded only by programs whose whole runtime layer and sources it came from (`stage` keeps the
+bytecode of the same scripts under another runtime apart).
 
   request   jail path of a source, newline                      to the worker's stdin
   answer    u32 big-endian length | bytecode; length 0xFFFFFFFF: cannot be compiled (a test file with a syntax error)

@@ -5,7 +5,7 @@
       runtime-<64 hex>/          one layer; the name is its digest
         index                    sealed: every entry's signature and SHA-256, written last
         root/                    the layer as the jail sees it: runtime/ lib64/ usr/lib/..., or app/
-      app-<64 hex>/
+      app-<64 hex>-<64 hex>/     an app layer and the runtime layer whose interpreter made its bytecode
       tmp-<random>/              being built; removed by the next that takes the lock
 
 Building a layer:
@@ -16,7 +16,7 @@ Building a layer:
   5 seal      the index; then one rename makes the layer appear
 
 Using a layer that is there:
-  6 index     checksum or MAC, and made in this boot; one of another key or none: the layer is built anew
+  6 index     MAC of a key that the disk's owner does not have (default: one of this boot); else the layer is built anew
   7 compare   names and signatures of the whole tree against the index
   8 rehash    if anything differs, or another boot wrote it, or on request: every file against its SHA-256; content that
               differs, a file more or a file less is TamperedError
@@ -44,6 +44,7 @@ from cloister.crypto.keys import Secret
 from cloister.errors import InputError, MachineError, Reason, TamperedError
 from cloister.node.workload import ldcache, native, packages
 from cloister.node.workload.edge import bytecode, cache
+from cloister.node.workload.edge.bootkey import boot_key
 from cloister.node.workload.edge.bytecode import Bind, Jail
 from cloister.node.workload.edge.hashing import BLOCK_BYTES, ChangedError, elf_of, hash_file, in_batches, opened, reader
 from cloister.node.workload.edge.locate import Environment, Tree, locate
@@ -106,22 +107,24 @@ def stage(
     Args:
         store: private folder, made if missing. Layers are shared by all workloads that have them.
         progress: called with (bytes done, bytes in total); compiling counts the bytes of the sources once more.
-        mac_key: authenticates the indexes; with it, whoever can write to `store` cannot pass other files.
+        mac_key: authenticates the indexes, so that whoever can write to the disk below `store` cannot pass other files;
+            default: a key of this boot, see `bootkey`.
         jail: how the compiler is confined (default: bubblewrap, see `bytecode`).
         full: hash every staged file again instead of comparing signatures.
 
     Raises:
         InputError: (`workload-changed`) a source is no longer what was measured.
         TamperedError: a staged file is no longer what was staged.
-        MachineError: (`disk-full`) there is no room; nothing half-built is left.
+        MachineError: (`disk-full`) there is no room; nothing half-built is left. Others can write to `store`.
     """
     store = store.absolute()
+    mac_key = boot_key() if mac_key is None else mac_key
     with _locked(store):
-        runtime = _Layer(store, workload.runtime, mac_key)
+        runtime = _Layer(store, workload.runtime, _names(workload)[0], mac_key)
         compiled = runtime.use(full) or 0
         if not runtime.ready:
             compiled = _build_runtime(runtime, spec, jail, progress)
-        app = _Layer(store, workload.app, mac_key)
+        app = _Layer(store, workload.app, _names(workload)[1], mac_key)
         extra = app.use(full) or 0
         if not app.ready:
             extra = _build_app(app, runtime, spec, jail)
@@ -133,7 +136,7 @@ def stored(store: Path) -> tuple[StoredLayer, ...]:
     return tuple(
         StoredLayer(Part(part), f"sha256:{digest}", _size(path))
         for path in sorted(store.glob("*-*"))
-        for part, _, digest in [path.name.partition("-")]
+        for part, digest in [path.name.split("-")[:2]]
         if part in set(Part)
     )
 
@@ -143,7 +146,7 @@ def prune(store: Path, keep: Iterable[Workload]) -> int:
 
     Programs that run from a removed layer lose it: keep what is in use.
     """
-    names = {_name(layer) for workload in keep for layer in (workload.runtime, workload.app)}
+    names = {name for workload in keep for name in _names(workload)}
     freed = 0
     with _locked(store):
         for path in store.glob("*-*"):
@@ -164,6 +167,13 @@ def _locked(store: Path) -> Iterator[None]:
             f"the folder {store} cannot be used: {error.strerror}", hint="choose another, or free space"
         ) from error
     try:
+        found = store.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise MachineError(
+                f"others can write to {store}, so they could exchange what a program loads",
+                reasons=[Reason(str(store), f"owner {found.st_uid}, mode {found.st_mode & 0o7777:o}", "yours alone")],
+                hint=f"chown it to yourself and chmod go-w {store}, or name another folder",
+            )
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         for path in store.glob("tmp-*"):
             _remove(path)
@@ -172,17 +182,23 @@ def _locked(store: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _name(layer: Layer) -> str:
-    return f"{layer.part}-{layer.digest.removeprefix('sha256:')}"
+def _names(workload: Workload) -> tuple[str, str]:
+    """Return the folder names of the runtime and the app layer.
+
+    An app layer holds bytecode that this runtime's interpreter made, and an interpreter may belong to anybody: under another
+    runtime, the same scripts are another folder.
+    """
+    runtime, app = (layer.digest.removeprefix("sha256:") for layer in (workload.runtime, workload.app))
+    return f"{Part.RUNTIME}-{runtime}", f"{Part.APP}-{app}-{runtime}"
 
 
 class _Layer:
     """One layer of the store: where it is, whether it is ready, how it is built and checked."""
 
-    def __init__(self, store: Path, layer: Layer, mac_key: Secret | None) -> None:
+    def __init__(self, store: Path, layer: Layer, name: str, mac_key: Secret) -> None:
         self.store = store
         self.layer = layer
-        self.path = store / _name(layer)
+        self.path = store / name
         self.mac_key = mac_key
         self.ready = False
 
@@ -206,7 +222,7 @@ class _Layer:
     def use(self, full: bool) -> int | None:
         """Make an existing layer `ready`; return its count of compiled modules, None if it has to be built."""
         body = cache.load(self.path / "index", label=LABEL, mac_key=self.mac_key)
-        if body is None or body.get("layer") != self.layer.digest:  # (6)
+        if body is None or body.get("layer") != self.path.name:  # (6)
             if self.path.exists():
                 _remove(self.path)
             return None
@@ -256,7 +272,7 @@ class _Layer:
             Path(folder).chmod(0o555)
         listing = _Listing.of(root)
         listing.digests(root)
-        body = {"layer": self.layer.digest, "boot": _boot(), "compiled": compiled, **listing.columns()}
+        body = {"layer": self.path.name, "boot": _boot(), "compiled": compiled, **listing.columns()}
         cache.save(root.parent / "index", body, label=LABEL, mac_key=self.mac_key)
         root.parent.rename(self.path)
         self.ready = True
