@@ -585,3 +585,42 @@ def test_compiler_jail_has_no_network_and_no_host_files(tmp_path: Path) -> None:
     assert not {"etc", "home", "root", "var", "sys"} & set(text.split())
     assert "eth" not in text
     assert "HOME=" not in text
+
+
+@pytest.mark.skipif(not jail_works(), reason="bubblewrap does not work here")
+@pytest.mark.parametrize(
+    ("attempt", "call"),
+    [
+        ("a user namespace, where root's calls are open again", "os.unshare(os.CLONE_NEWUSER)"),
+        ("the hypervisor's socket", "socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)"),
+        ("the kernel's keyrings", "syscall(250, 0, -4, 0)"),
+        ("a memory fault handler in user space", "syscall(323, 0)"),
+        ("tracing", "syscall(101, 0, 0, 0, 0)"),
+        ("a BPF program", "syscall(321, 0, 0, 0)"),
+    ],
+)
+def test_hostile_interpreter_in_the_compiler_jail_is_refused(attempt: str, call: str) -> None:
+    script = f"""
+import ctypes, os, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def syscall(*words):
+    if libc.syscall(*words) < 0:
+        raise OSError(ctypes.get_errno(), "")
+if not hasattr(os, "unshare"):
+    os.CLONE_NEWUSER, os.unshare = 0x10000000, lambda flags: syscall(272, flags)
+try:
+    {call}
+except OSError as error:
+    print("refused", error.errno)
+else:
+    print("done")
+"""
+    if os.uname().machine != "x86_64":
+        pytest.skip("numbers of x86-64")
+    base = Path(sys.base_prefix)
+    folders = {Path("/usr"), Path("/lib"), Path("/lib64"), base}
+    binds: list[Bind] = [(path, str(path)) for path in sorted(folders) if path.exists()]
+    program = str(Path(sys.executable).resolve())
+    process = bubblewrap([program, "-I", "-S", "-c", script], binds)
+    answer = process.communicate()[0].decode()
+    assert answer.startswith("refused"), attempt

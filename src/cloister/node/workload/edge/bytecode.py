@@ -18,6 +18,7 @@ bytecode, slower and with the same result.
 from __future__ import annotations
 
 import os
+import platform
 import select
 import shutil
 import struct
@@ -31,6 +32,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from cloister.confine import seccomp
+from cloister.confine.profile import profile
+from cloister.confine.syscalls import ARCHES
 from cloister.node.workload.form import minor
 
 WORKERS: Final = 2
@@ -87,15 +91,24 @@ class Jail(Protocol):
 
 
 def bubblewrap(argv: Sequence[str], binds: Sequence[Bind]) -> subprocess.Popen[bytes]:
-    """Start `argv` under bubblewrap: all namespaces, no capabilities, empty environment. Raises OSError without it."""
-    program = shutil.which("bwrap")
-    if program is None:
-        raise FileNotFoundError("bwrap")
-    options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    """Start `argv` under bubblewrap: all namespaces, no capabilities, empty environment, the system calls of `sealed` jobs.
+
+    The interpreter is no more trusted here than when the job runs: without the filter, all that is closed there would be
+    open here. Raises OSError where bubblewrap is not installed or there is no table of system calls.
+    """
+    program, machine = shutil.which("bwrap"), platform.machine()
+    arch = next((known for known in ARCHES if known == machine), None)
+    if program is None or arch is None:
+        raise FileNotFoundError("bwrap" if program is None else machine)
+    options = ["--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
+    options += ["--cap-drop", "ALL", "--clearenv"]
     for source, target in binds:
         options += ["--ro-bind", os.fspath(source), target]
     options += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/"]  # noqa: S108 - inside the jail
-    return _start([program, *options, "--", *argv])
+    with os.fdopen(os.memfd_create("cloister"), "w+b") as calls:
+        calls.write(seccomp.compile(profile("sealed"), arch))
+        calls.seek(0)
+        return _start([program, *options, "--seccomp", str(calls.fileno()), "--", *argv], calls.fileno())
 
 
 def compile_sources(
@@ -138,9 +151,16 @@ def compile_sources(
 _FLAGS: Final = ("-I", "-S", "-B", "-W", "ignore")
 
 
-def _start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(argv: Sequence[str], *keep: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # noqa: S603 - a command line of this module, no shell
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd="/", bufsize=0
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={},
+        cwd="/",
+        bufsize=0,
+        pass_fds=keep,
     )
 
 
