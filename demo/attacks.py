@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,18 @@ from demo.story import BrokenStoryError
 if TYPE_CHECKING:
     from demo.job import Job
 
+FLIPPED = ["run", "… with one bit flipped"]
+
 
 def play(job: Job, file: Path) -> None:
     """Try everything; a single success ends the story."""
     changed_script(job, file)
     missing_signature(job, file)
     own_programs(job)
-    flipped_byte(job, file)
-    old_model(job, file)
+    with ThreadPoolExecutor(max_workers=1) as beside:  # while the next training runs
+        flipped = beside.submit(job.party("cloud").run, *flipped_byte(job, file), status=1, show=FLIPPED)
+        old_model(job, file)
+        _show(job, "a flipped bit in the sealed scans", flipped.result().data)
     operators_view(job)
 
 
@@ -97,22 +102,18 @@ def _replayed(client: BrokerClient, contract: str, tee: SoftTdxAttester) -> Call
     return lambda: client._exchange("POST", "release", body)
 
 
-def flipped_byte(job: Job, file: Path) -> None:
-    """One bit of the sealed scans changes on the cloud's disk."""
-    copy = job.folder / "cloud" / "flipped.sealed"
+def flipped_byte(job: Job, file: Path) -> list[str]:
+    """One bit of the sealed scans changes on the cloud's disk. Returns the command that trains on them."""
+    copy, out = job.folder / "cloud" / "flipped.sealed", job.folder / "cloud" / "flipped-detector.sealed"
     shutil.copytree(job.volume("scans"), copy)
+    shutil.copytree(job.volume("detector"), out)
     segment = copy / "data" / "00000000"
     with segment.open("r+b") as data:
         data.seek(70_000)
         byte = data.read(1)[0]
         data.seek(70_000)
         data.write(bytes([byte ^ 1]))
-    said = job.party("cloud").run(
-        *job.train_command(file, scans=copy, out=job.volume("detector")),
-        status=1,
-        show=["run", "… with one bit flipped"],
-    )
-    _show(job, "a flipped bit in the sealed scans", said.data)
+    return job.train_command(file, scans=copy, out=out)
 
 
 def old_model(job: Job, file: Path) -> None:
@@ -123,7 +124,7 @@ def old_model(job: Job, file: Path) -> None:
     shutil.rmtree(place)
     kept.rename(place)
     said = job.party("cloud").run(
-        "serve", str(job.scripts / "predict.py"), "--contract", str(file), "--python", str(job.python),
+        "serve", str(job.scripts / "predict.py"), "--contract", str(file), *job.runtime,
         "--data", f"detector={place}", "--", *job.serve_args,
         status=1, show=["serve", "… with the first model put back"],
     )  # fmt: skip
