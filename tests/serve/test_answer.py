@@ -42,6 +42,7 @@ def test_form(form, decimals, expected) -> None:  # type: ignore[no-untyped-def]
         b'{"scores": {"normal": NaN}}',
         b'{"scores": {"normal": "0.5"}}',
         b'{"scores": {"normal": true}}',
+        b'{"scores": {"normal": 1' + b"0" * 400 + b"}}",  # an uncounted sign to the consumer, if it were no PeerError
         b'{"scores": {}}',
         b"[" * 100_000,
         b'{"scores": {"normal": 1' + b" " * 70_000 + b"}}",
@@ -71,6 +72,6 @@ def test_decode_any_bytes(data: bytes) -> None:
 
 def test_labels() -> None:
     assert read_labels(b'["a", "b"]') == ("a", "b")
-    for bad in (b"", b"{}", b"[]", b'["a", "a"]', b'["' + b"x" * 65 + b'"]', b"[1]", b'[""]'):
+    for bad in (b"", b"{}", b"[]", b'["a", "a"]', b'["' + b"x" * 65 + b'"]', b"[1]", b'[""]', b'["\\ud800"]'):
         with pytest.raises(InputError):
             read_labels(bad)

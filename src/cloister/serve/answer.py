@@ -70,11 +70,19 @@ def read_labels(data: bytes) -> tuple[str, ...]:
     if (
         not isinstance(labels, list)
         or not 1 <= len(labels) <= MAX_LABELS
-        or not all(isinstance(label, str) and 0 < len(label.encode()) <= MAX_LABEL_BYTES for label in labels)
+        or not all(isinstance(label, str) and 0 < _size(label) <= MAX_LABEL_BYTES for label in labels)
         or len(set(labels)) != len(labels)
     ):
         raise InputError(f"labels.json of the model is not usable; wanted {wanted}")
     return tuple(labels)
+
+
+def _size(label: str) -> int:
+    """Bytes of a label in UTF-8; 0 for half a surrogate pair, which has none."""
+    try:
+        return len(label.encode())
+    except UnicodeEncodeError:
+        return 0
 
 
 def shape(line: bytes, rules: Rules) -> dict[str, Any]:
@@ -101,9 +109,10 @@ def shape(line: bytes, rules: Rules) -> dict[str, Any]:
     values: dict[str, float] = {}
     for name in rules.labels:
         value = scores.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = _number(value)
+        if not math.isfinite(number):
             raise PeerError("the model gave a score that is not a finite number", code="protocol")
-        values[name] = float(value)
+        values[name] = number
     # 3 form, 4 round
     best = max(rules.labels, key=lambda name: values[name])
     if rules.form == "label":
@@ -111,6 +120,14 @@ def shape(line: bytes, rules: Rules) -> dict[str, Any]:
     if rules.form == "score":
         return {"label": best, "score": _rounded(values[best], rules.decimals)}
     return {"label": best, "scores": {name: _rounded(value, rules.decimals) for name, value in values.items()}}
+
+
+def _number(value: object) -> float:
+    """The score that a program printed; not a number for what is none, or is too large for one."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _rounded(value: float, decimals: int | None) -> float:
