@@ -210,7 +210,7 @@ class Child:
         self.popen = popen
         self.pid = popen.pid
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: int) -> None:
         self.popen.send_signal(number)
 
     def end(self, timeout_s: float = TIMEOUT_S) -> Said:
@@ -392,9 +392,9 @@ class World:
         return Deal(self, name, file, operator, sealed)
 
     @contextlib.contextmanager
-    def service(self, deal: Deal, *extra: str, before: str = "") -> Iterator[tuple[str, Child]]:
+    def service(self, deal: Deal, *extra: str, before: str = "", train: bool = True) -> Iterator[tuple[str, Child]]:
         """Train the model of `deal`, serve it, yield (address, process); it is stopped with SIGTERM."""
-        if not deal.model.exists():
+        if train and not deal.model.exists():
             self.cloud.run(*deal.run()).expect(0)
         ready = self.fresh("service") / "ready.json"
         child = self.cloud.start(*deal.serve("--ready-file", str(ready), *extra), before=before)
@@ -408,7 +408,7 @@ class World:
             yield json.loads(ready.read_text())["url"], child
         finally:
             if child.popen.poll() is None:
-                child.signal(signal.SIGTERM)
+                child.send(signal.SIGTERM)
                 try:
                     child.popen.communicate(timeout=20)
                 except subprocess.TimeoutExpired:
@@ -504,6 +504,65 @@ def ready_for_runs() -> str:
     return "" if level in ("L2", "L3") else f"no full jail here ({level})"
 
 
+class Broker:
+    """`cloister up` as a process that a test can stop, freeze, kill and start again at the same address."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, str], *, lease_s: int = 600) -> None:
+        self.folder, self.url = folder, ""
+        self._person = Person("broker", folder, {**settings, "CLOISTER_HOME": str(folder)})
+        self._lease_s = lease_s
+        self._child: Child | None = None
+
+    def start(self, state: str = "state") -> None:
+        """Start it with the state folder `state`, at the address it had before."""
+        ready = self.folder / "ready.json"
+        ready.unlink(missing_ok=True)
+        port = self.url.rpartition(":")[2] or "0"
+        words = ["--state", str(self.folder / state), "--ready-file", str(ready), "--port", port]
+        self._child = self._person.start("up", *words, "--lease", str(self._lease_s))
+        deadline = time.monotonic() + 30
+        while not ready.exists():
+            assert self._child.popen.poll() is None, self._child.end()
+            assert time.monotonic() < deadline, "the broker does not start"
+            time.sleep(0.02)
+        self.url = json.loads(ready.read_text())["url"]
+
+    def send(self, number: int) -> None:
+        assert self._child is not None
+        self._child.popen.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it with a signal; harmless when it has ended."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.popen.send_signal(signal.SIGCONT)
+            child.popen.send_signal(number)
+            child.end(20)
+
+
+@contextlib.contextmanager
+def other_broker(world: World, **options: int) -> Iterator[tuple[World, Broker]]:
+    """The same people and programs with a broker of their own."""
+    folder = world.fresh("broker")
+    settings = {name: world.cloud.environment[name] for name in _SETTINGS}
+    broker = Broker(folder, settings, **options)
+    broker.start()
+    people = {
+        name: dataclasses.replace(one, environment={**one.environment, "CLOISTER_BROKER": broker.url})
+        for name, one in world.people.items()
+    }
+    try:
+        yield (
+            dataclasses.replace(world, url=broker.url, people=people, _count=world._count + 1000 * len(_STARTED)),
+            broker,
+        )
+    finally:
+        broker.stop()
+
+
+_SETTINGS: Final = ("CLOISTER_INSECURE_SOFT_TEE", "NO_COLOR", "TMPDIR")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A broker process (`cloister up`), keys, and the two programs measured in a minimal environment."""
@@ -517,17 +576,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     one.temporary.mkdir()
     (one.scripts / "puppet.py").write_text(PUPPET)
     (one.scripts / "filter.py").write_text(FILTER)
-    settings = {"CLOISTER_INSECURE_SOFT_TEE": "1", "NO_COLOR": "1", "TMPDIR": str(one.temporary)}
-    broker = Person("broker", folder / "broker", {**settings, "CLOISTER_HOME": str(folder / "broker")})
-    ready = folder / "broker.json"
-    child = broker.start("up", "--ready-file", str(ready), "--lease", "600")
+    settings = dict(zip(_SETTINGS, ("1", "1", str(one.temporary)), strict=True))
+    broker = Broker(folder / "broker", settings)
+    broker.folder.mkdir()
     try:
-        deadline = time.monotonic() + 30
-        while not ready.exists():
-            assert child.popen.poll() is None, child.end()
-            assert time.monotonic() < deadline, "the broker does not start"
-            time.sleep(0.02)
-        one.url = json.loads(ready.read_text())["url"]
+        broker.start()
+        one.url = broker.url
         for name in (*PARTIES, "stranger"):
             home = folder / name
             one.people[name] = Person(name, home, {**settings, "CLOISTER_HOME": str(home), "CLOISTER_BROKER": one.url})
@@ -539,9 +593,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             one.digests[code] = said.data["digest"]
         yield one
     finally:
-        child.signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.popen.wait(20)
+        broker.stop()
         for started in _STARTED:
             started.popen.kill()
             started.popen.communicate()

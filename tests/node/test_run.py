@@ -55,7 +55,7 @@ def test_outside_its_process_nobody_sees_the_mounted_data(world: World) -> None:
         assert "cloister" not in ours
         inside = Path(f"/proc/{program}/mounts").read_text()
         assert "/data/records" in inside, "the program itself has it"
-        child.signal(signal.SIGTERM)
+        child.send(signal.SIGTERM)
         child.end()
 
 
@@ -73,7 +73,7 @@ def test_a_signal_ends_everything_and_seals_nothing(world: World, number: signal
         program = child.program()
         family = descendants(child.pid)
         assert program in family
-        child.signal(number)
+        child.send(number)
         said = child.end(15).expect(1)
         assert gone(family)
     last = said.err.splitlines()[-1]
@@ -85,7 +85,7 @@ def test_a_stopped_run_is_one_json_object_for_programs(world: World) -> None:
     deal = world.deal({"do": "sleep"})
     child = world.cloud.start(*deal.run())
     child.program()
-    child.signal(signal.SIGINT)
+    child.send(signal.SIGINT)
     error = child.end(15).expect(1).data
     assert error["error"] == "interrupted"
     assert error["family"] == "machine"
@@ -102,7 +102,7 @@ def test_a_signal_at_any_moment_is_one_line_and_leaves_nothing(world: World, aft
             time.sleep(0.005)
         time.sleep(after_s)
         family = descendants(child.pid)
-        child.signal(signal.SIGTERM)
+        child.send(signal.SIGTERM)
         said = child.end(15).expect(1)
         assert gone(family)
     assert said.err.splitlines()[-1].startswith("stopped by SIGTERM")
@@ -129,7 +129,7 @@ def test_kill_9_of_the_command_takes_jail_mounts_and_workers_with_it(world: Worl
         assert gone(family)
     again = world.cloud.start(*deal.run())  # nothing is locked by the dead
     again.program()
-    again.signal(signal.SIGTERM)
+    again.send(signal.SIGTERM)
     again.end(15)
 
 
@@ -289,7 +289,7 @@ def test_two_runs_on_one_output_the_second_is_told(world: World) -> None:
     assert error["error"] == "busy"
     assert "another run" in error["message"]
     assert error["hint"]
-    first.signal(signal.SIGTERM)
+    first.send(signal.SIGTERM)
     first.end(15)
 
 

@@ -70,11 +70,11 @@ class LeaseKeeper:
         self.stop()
 
     def stop(self) -> None:
-        """End the threads; a renewal under way is awaited for at most ten seconds."""
+        """End the threads; a renewal under way is awaited for at most ten seconds, and not at all when all is lost."""
         self._stop.set()
         for thread in self._threads:
             if thread.is_alive() and threading.current_thread() is not thread:
-                thread.join(timeout=10)
+                thread.join(timeout=10 if self.lost is None else 0.1)
 
     def check(self) -> None:
         """Raise the error that ended the lease, if it has ended."""
