@@ -21,9 +21,9 @@ def folder(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     os.close(descriptor)
 
 
-def reasons(descriptor: int, *, size_bytes: int = 1000, max_files: int = 10) -> str:
+def reasons(descriptor: int, *, names: bool = True) -> str:
     with pytest.raises(InputError) as caught:
-        outputs.check("one", descriptor, size_bytes=size_bytes, max_files=max_files)
+        outputs.check("one", descriptor, size_bytes=1000, max_files=10, names=names)
     assert caught.value.code == "source-unsealable"
     return "\n".join(map(str, caught.value.reasons))
 
@@ -96,6 +96,23 @@ def _too_deep(path: Path) -> None:
     (path / "/".join("d" * (outputs.MAX_DEPTH + 1))).mkdir(parents=True)
 
 
+def _path_too_long(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(17):
+        os.mkdir("d" * 250, dir_fd=folder)
+        inner = os.open("d" * 250, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+
+
+def _time_that_no_volume_holds(path: Path) -> None:
+    (path / "x").touch()
+    os.utime(path / "x", (1 << 34, 1 << 34))
+    if (path / "x").stat().st_mtime != 1 << 34:
+        pytest.skip("this file system keeps no such time")
+
+
 def _name_that_is_no_text(path: Path) -> None:
     os.close(os.open(os.fsencode(path) + b"/\xff", os.O_CREAT))
 
@@ -113,6 +130,8 @@ def _name_that_is_no_text(path: Path) -> None:
         (_sparse, "1099511627776 bytes"),
         (_too_many, "11 entries"),
         (_too_deep, "too deep"),
+        (_path_too_long, "a path of"),
+        (_time_that_no_volume_holds, "a time of change"),
         (_name_that_is_no_text, "not UTF-8"),
     ],
 )
@@ -122,6 +141,25 @@ def test_each_kind_of_hostile_output_is_refused(
     path, descriptor = folder
     make(path)
     assert said in reasons(descriptor)
+
+
+@pytest.mark.parametrize(
+    "kind", [_symlink, _fifo, _socket, _hard_link, _too_large, _too_many, _too_deep, _path_too_long]
+)
+def test_data_in_names_and_sizes_do_not_leave_through_the_refusal(
+    folder: tuple[Path, int], kind: Callable[[Path], None]
+) -> None:
+    """The refusal is shown to whoever runs the node, and that is nobody whom the contract lets see anything."""
+    path, descriptor = folder
+    (path / "patient").mkdir()
+    kind(path / "patient")
+    for number in range(3):
+        (path / f"{number} patient 4711 has pneumonia").symlink_to("diagnosis")
+    (path / "\N{COMBINING ACUTE ACCENT}").write_bytes(bytes(4711))
+    said = reasons(descriptor, names=False)
+    assert "a symbolic link" in said
+    for secret in ("patient", "4711", "pneumonia", "diagnosis", "3", "5711", "COMBINING", "\N{COMBINING ACUTE ACCENT}"):
+        assert secret not in said.replace(f"at most {outputs.MAX_DEPTH} levels", "")
 
 
 @pytest.mark.root

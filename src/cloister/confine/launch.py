@@ -160,8 +160,10 @@ class Running:
             raise ValueError(f"the job declared no output {name!r}")
         return Path(f"/proc/{os.getpid()}/fd/{self._folders[name]}/.")
 
-    def output(self, name: str) -> Output:
+    def output(self, name: str, *, names: bool = False) -> Output:
         """Return the checked content of an output; the descriptor in it is valid until `close`.
+
+        `names`: whoever sees the refusal may see the program's own words, such as names of files.
 
         Raises:
             InputError: code `source-unsealable`: links, devices, too much, ...; every finding is a reason.
@@ -177,6 +179,7 @@ class Running:
             self._folders[name],
             size_bytes=self._job.outputs[name],
             max_files=self._profile.limits.output_files,
+            names=names,
         )
 
     def close(self) -> None:

@@ -3,6 +3,9 @@
 Every entry is opened relative to the folder's descriptor, which the holder passed when the job had not yet started,
 with O_NOFOLLOW | O_NONBLOCK | O_NOCTTY. All violations are reported together. Nobody changes the folder meanwhile:
 the kernel has ended every process of the jail before anything is read.
+
+Names, numbers and sizes are words of the program: a refusal that repeats them is a way out for data. It says only which rules were
+broken, unless the caller asks for `names` because whoever reads the refusal may read the program's words.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from typing import BinaryIO, Final
 from cloister.errors import InputError, Reason
 
 MAX_DEPTH: Final = 32
+PATH_MAX: Final = 4095
+"""Longest path below an output in bytes, as in a sealed volume."""
+_TIME_LIMIT: Final = 1 << 63  # nanoseconds, as in a sealed volume
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 _KINDS: Final = {
@@ -80,12 +86,13 @@ class Output:
                 os.fchmod(copy.fileno(), 0o755 if file.executable else 0o644)
 
 
-def check(name: str, descriptor: int, *, size_bytes: int, max_files: int) -> Output:
+def check(name: str, descriptor: int, *, size_bytes: int, max_files: int, names: bool = False) -> Output:
     """Return what lies in the output folder behind `descriptor`.
 
     Raises:
-        InputError: code `source-unsealable`, one reason for each entry that is no regular file or folder, has a second
-            name, cannot be read, is named in bytes that are not UTF-8, or lies too deep; and for too much in total.
+        InputError: code `source-unsealable`, one reason for each kind of entry (with `names`: each entry) that is no
+            regular file or folder, has a second name, cannot be read, is named in bytes that are not UTF-8, lies too deep,
+            or has a path or a time that no volume holds; and for too much in total.
     """
     reasons: list[Reason] = []
     files: list[OutputFile] = []
@@ -97,10 +104,14 @@ def check(name: str, descriptor: int, *, size_bytes: int, max_files: int) -> Out
         else:
             files.append(OutputFile(path, info.st_size, bool(info.st_mode & stat.S_IXUSR)))
             total += info.st_size
+    where, entries = f"/out/{name}", len(files) + len(folders)
+    if not names:
+        reasons = list(dict.fromkeys(Reason(where, reason.found, reason.wanted) for reason in reasons))
     if total > size_bytes:
-        reasons.append(Reason(f"/out/{name}", f"{total} bytes", f"at most {size_bytes} bytes", "see the contract"))
-    if len(files) + len(folders) > max_files:
-        reasons.append(Reason(f"/out/{name}", f"{len(files) + len(folders)} entries", f"at most {max_files} entries"))
+        found = f"{total} bytes" if names else "more"
+        reasons.append(Reason(where, found, f"at most {size_bytes} bytes", "see the contract"))
+    if entries > max_files:
+        reasons.append(Reason(where, f"{entries} entries" if names else "more", f"at most {max_files} entries"))
     if reasons:
         raise InputError(
             f"output {name!r} of the confined program cannot be taken over",
@@ -120,6 +131,14 @@ def _walk(folder: int, prefix: str, depth: int, reasons: list[Reason]) -> Iterat
             reasons.append(Reason(shown, "a name that is not UTF-8", "a name in UTF-8"))
             continue
         info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if len(path.encode()) > PATH_MAX:
+            reasons.append(Reason(shown, "a path of too many bytes", f"at most {PATH_MAX} bytes"))
+            continue
+        if not -_TIME_LIMIT <= info.st_mtime_ns < _TIME_LIMIT:
+            reasons.append(
+                Reason(shown, "a time of change outside the years 1677..2262", "a time that 64 bits can hold")
+            )
+            continue
         if stat.S_ISDIR(info.st_mode):
             if depth >= MAX_DEPTH:
                 reasons.append(Reason(shown, "a folder too deep", f"at most {MAX_DEPTH} levels"))
@@ -137,7 +156,7 @@ def _walk(folder: int, prefix: str, depth: int, reasons: list[Reason]) -> Iterat
         elif not stat.S_ISREG(info.st_mode):
             reasons.append(Reason(shown, _KINDS[stat.S_IFMT(info.st_mode)], "a regular file"))
         elif info.st_nlink != 1:
-            reasons.append(Reason(shown, f"a file with {info.st_nlink} names (hard links)", "a file with one name"))
+            reasons.append(Reason(shown, "a file with 2 names or more (hard links)", "a file with one name"))
         else:
             try:
                 os.close(os.open(name, _OPEN, dir_fd=folder))
