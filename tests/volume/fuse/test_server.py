@@ -232,3 +232,9 @@ def test_faults_are_bounded() -> None:
     for offset in range(0, 5000 * 4096, 1 << 20):
         server.answer(request(p.Opcode.READ, 2, read_body(offset, 1 << 20)))
     assert len(faults) == 4096
+
+
+def test_operator_who_breaks_records_does_not_learn_names_from_the_message() -> None:
+    """Messages go to whoever runs the node; he can flip any record, and must not map it to a file by that."""
+    fault = Fault("patients/4711 Jane Doe.dcm", 81_234, 333, 17, "tampered")
+    assert str(fault) == f"{fault}" == "record 17 is tampered"

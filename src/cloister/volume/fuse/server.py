@@ -49,7 +49,8 @@ class Fault:
 
     `path` is below the mount point (surrogateescape), `offset` and `size` the bytes of that file that cannot be read,
     `record` the number of the chunk in the volume, `kind` is `tampered` (fails authentication) or `unreadable`
-    (the storage below failed).
+    (the storage below failed). `str` names the record only: paths and sizes are part of what is sealed, and a message may
+    reach whoever stores the volume and broke the record to see them.
     """
 
     path: str
@@ -57,6 +58,9 @@ class Fault:
     size: int
     record: int
     kind: str
+
+    def __str__(self) -> str:
+        return f"record {self.record} is {self.kind}"
 
 
 class Server:
