@@ -24,7 +24,7 @@ from cloister.crypto.keys import Secret, digest, mac
 from cloister.errors import DeniedError, EvidenceError, InputError, PeerError, WaitingError
 from cloister.testkit.broker import RunningBroker, running_broker
 from tests.broker.conftest import Clock
-from tests.broker.world import TRAINER, VOLUME_ID, XRAYS, Asker, World, node, server_node, trainer_node
+from tests.broker.world import TRAINER, VOLUME_ID, XRAYS, Asker, World, detector, node, server_node, trainer_node
 
 _names = (f"attack-{number}" for number in itertools.count())
 
@@ -389,7 +389,7 @@ def test_output_of_nobody_is_opened_to_nobody(broker: RunningBroker) -> None:
             client.open_key(contract, "detector", [party.sign])
         assert denied.value.reasons[0].wanted == "nobody"
     serve = client.release(contract, "serve", reads=("detector",), attester=server_node())
-    assert serve.keys["detector"].digest == digest(b"detector 1")
+    assert serve.keys["detector"].digest == detector(contract)
 
 
 def test_board_opens_with_its_votes_only(broker: RunningBroker) -> None:
@@ -491,7 +491,7 @@ def test_rolled_back_or_skipped_generation(scene: Scene, generation: int) -> Non
         scene.client.register_root(release, "detector", digest(b"other"), generation=generation)
     assert wheres(refused.value) == ["register.generation"]
     serve = scene.client.release(scene.contract, "serve", reads=("detector",), attester=server_node())
-    assert serve.keys["detector"].digest == digest(b"detector 1")
+    assert serve.keys["detector"].digest == detector(scene.contract)
 
 
 def test_only_the_declared_output_can_be_registered(scene: Scene) -> None:
@@ -615,7 +615,7 @@ def test_client_refuses_a_broker_with_other_software(broker: RunningBroker) -> N
     trust = Trust(Roots(soft=True), frozenset({b"\x11" * 48}), allow_soft=True)
     with pytest.raises(EvidenceError) as refused:
         BrokerClient.connect(broker.url, trust=trust)
-    assert wheres(refused.value) == ["broker.mrtd"]
+    assert wheres(refused.value) == ["broker.mrtd", "broker.node_measurements"]
 
 
 def test_client_refuses_a_soft_broker_unless_told(broker: RunningBroker) -> None:

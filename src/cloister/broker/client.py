@@ -7,7 +7,8 @@ The order of trust, on every TCP connection:
   3 evidence     else: a fresh nonce; the evidence is authentic (attestation.verify) and bound to nonce, HPKE key, this
                  SPKI and this request; so whoever ends this TLS connection is the TEE that holds the HPKE key
   4 software     the platform, its firmware and `mrtd` are what `Trust` wants
-  5 config       exactly one `cloister/config/1` event says what the broker accepts and which key signs its log
+  5 config       one event, `cloister/config/1`, says what the broker accepts and which key signs its log; every node
+                 software that it gives keys to is one that `Trust` wants: the operator chooses what he starts it with
   6 memory       the log key and the HPKE key are those seen before at this address (`broker-replaced`), and the log is a
                  consistent extension of the last checkpoint seen (`log-tampered`)
 
@@ -45,7 +46,7 @@ from cloister.attestation import evidence as evidence_format
 from cloister.attestation.appraise import SIMULATED, appraise
 from cloister.attestation.binding import Binding, check_binding
 from cloister.attestation.endorsements import Endorsements
-from cloister.attestation.events import CONFIG
+from cloister.attestation.events import config_of
 from cloister.attestation.roots import Roots
 from cloister.attestation.types import Claims, Evidence, Policy
 from cloister.attestation.verify import verify
@@ -96,25 +97,37 @@ class Trust:
 
     `broker_measurements` are accepted values of `mrtd` (48 bytes); None means the Cloister package that this client
     itself runs, and nothing else. `allow_soft` admits a soft TEE, which protects nothing; it needs `roots.soft` too.
-    `endorsements` is vendor collateral for the broker's machine; for a soft TEE it is made here.
+    `node_measurements` are accepted values of `mrtd` of the nodes that the broker gives keys to; None means the same as
+    for the broker. `endorsements` is vendor collateral for the broker's machine; for a soft TEE it is made here.
     """
 
     roots: Roots
     broker_measurements: frozenset[bytes] | None = None
     allow_soft: bool = False
     endorsements: Endorsements = field(default_factory=Endorsements)
+    node_measurements: frozenset[bytes] | None = None
 
     def policy(self) -> Policy:
         """Return the appraisal policy for the broker; the only place where `Trust` becomes one."""
-        measurements = self.broker_measurements
-        if measurements is None:
-            measurements = frozenset({own_measurement()})
         return Policy(
             where="broker",
             kind="tee",
             accept=frozenset({"tdx", SIMULATED} if self.allow_soft else {"tdx"}),
-            reference_values={"mrtd": measurements},
+            reference_values={"mrtd": self._software()},
         )
+
+    def _software(self) -> frozenset[bytes]:
+        return frozenset({own_measurement()}) if self.broker_measurements is None else self.broker_measurements
+
+    def appraise_config(self, config: wire.BrokerConfig) -> tuple[Reason, ...]:
+        """Return why a broker with `config` is not wanted: it gives keys to node software that is not trusted here."""
+        wanted = self._software() if self.node_measurements is None else self.node_measurements
+        foreign = [each for each in config.node_measurements if each not in wanted]
+        if not foreign:
+            return ()
+        found = ", ".join(each.hex() for each in foreign)
+        hint = "ask its operator which software that is; it gets every key that a contract releases"
+        return (Reason("broker.node_measurements", found, " or ".join(sorted(each.hex() for each in wanted)), hint),)
 
     def collateral(self, now: datetime) -> Endorsements:
         if not (self.allow_soft and self.roots.soft):
@@ -226,8 +239,12 @@ class BrokerClient:
         return self._broker
 
     def close(self) -> None:
-        with self._lock:
-            self._drop()
+        """Hang up. A request that another thread has under way is waited for a second, no more: it has its own timeout."""
+        if self._lock.acquire(timeout=1.0):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
 
     def __enter__(self) -> BrokerClient:
         return self
@@ -536,10 +553,13 @@ class BrokerClient:
         except EvidenceError as error:
             raise self._with_skew(error) from error
         reasons = check_binding(claims, binding) + appraise(claims, self._trust.policy())  # 3, 4
-        found = [event.data for event in claims.events if event.name == CONFIG]
-        if len(found) != 1:  # 5
-            reasons += (Reason(f"broker.{CONFIG}", f"{len(found)} events", "exactly one"),)
-        if reasons:
+        config: wire.BrokerConfig | None = None
+        try:
+            config = wire.BrokerConfig.decode(config_of(claims))  # 5
+            reasons += self._trust.appraise_config(config)
+        except (EvidenceError, PeerError) as error:
+            reasons += error.reasons
+        if reasons or config is None:
             raise self._with_skew(
                 EvidenceError(
                     f"the broker at {self.url} is not one that you trust",
@@ -549,7 +569,7 @@ class BrokerClient:
                 )
             )
         self._nonce = (reply.next_nonce, _since_boot_s() + NONCE_KEPT_S)
-        return Broker(self.url, reply.key, spki, wire.BrokerConfig.decode(found[0]), claims)
+        return Broker(self.url, reply.key, spki, config, claims)
 
     def _remember(self, connection: http.client.HTTPSConnection, broker: Broker) -> None:
         """Step 6."""

@@ -348,8 +348,10 @@ def _show(value: str | bytes) -> str:
 
 def life_reasons(known: Known, now: datetime) -> list[Reason]:
     """Return why a contract is over, or not in force yet; an empty list for an active one."""
-    state = state_on(known.state, expires=known.contract.expires, today=now.astimezone(UTC).date())
-    match state:
+    today = now.astimezone(UTC).date()
+    match state_on(known.state, expires=known.contract.expires, today=today):
+        case Life.EXPIRED:  # in the words of contract.decide, so that it is said once
+            return [Reason("expires", f"today {today}", f"a day up to {known.contract.expires}")]
         case Life.REPLACED:
             return [Reason("contract", "replaced by a newer version", "the active version", "use the newer version")]
         case Life.REVOKED:
@@ -498,7 +500,7 @@ def answer(
 ) -> tuple[str, CloisterError | None]:
     """Return the name of the party with `fingerprint`, and why it gets no answer (None: it gets one).
 
-    `used` and `used_today` count what this consumer got from this phase, in all versions of the contract.
+    `used` and `used_today` count what this consumer got from this phase in this version of the contract.
     """
     contract = known.contract
     party = next((name for name, key in contract.party.items() if key == fingerprint), "")

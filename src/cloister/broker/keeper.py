@@ -51,6 +51,8 @@ MAX_ENTRIES_BYTES: Final = 8 << 20
 """Log entries in one answer; clients ask for the rest."""
 MAX_UNSIGNED: Final = 1000
 """Contracts that nobody signed: more are refused, so that strangers cannot fill the disk with them."""
+MAX_LISTED: Final = 10_000
+"""Contracts in one list: the newest; others are found by id or name."""
 
 
 @dataclass(slots=True)
@@ -158,7 +160,7 @@ class Keeper:
         contract_id = digest(request.toml)
         if contract_id not in self._contracts:
             contract = parse(request.toml, name=request.name)
-            self._check_place(contract)
+            self._check_place(contract, self._unread())
             await self._ledger.submit_contract(
                 request.toml,
                 name=contract.name,
@@ -216,7 +218,8 @@ class Keeper:
         return self._status_of(max(rows, key=lambda row: (row.state == Life.ACTIVE, row.entry)).contract)
 
     def contracts(self) -> wire.ContractList:
-        return wire.ContractList(tuple(self._status_of(row.contract) for row in self._ledger.contracts()))
+        newest = self._ledger.contracts()[-MAX_LISTED:]
+        return wire.ContractList(tuple(self._status_of(row.contract) for row in newest))
 
     def contract_bytes(self, contract_id: str) -> bytes:
         return self._ledger.contract_text(self._contract(contract_id).id)
@@ -227,7 +230,15 @@ class Keeper:
             raise _no_contract(contract_id)
         return contract
 
-    def _check_place(self, contract: Contract) -> None:
+    def _unread(self) -> list[Reason]:
+        """Return why no new contract is taken now: too many wait for a first signature."""
+        rows = self._ledger.contracts()
+        unsigned = sum(row.state == Life.WAITING and not self._signed.get(row.contract) for row in rows)
+        if unsigned < MAX_UNSIGNED:
+            return []
+        return [Reason("contract", f"{unsigned} contracts that nobody signed", f"fewer than {MAX_UNSIGNED}")]
+
+    def _check_place(self, contract: Contract, more: Sequence[Reason] = ()) -> None:
         """Refuse a contract that can never become active here: its name is another lineage's, or it follows nothing."""
         rows = self._ledger.contracts()
         reasons: list[Reason] = []
@@ -240,9 +251,7 @@ class Keeper:
                 )
         else:
             reasons += self._follows(contract)
-        unsigned = sum(row.state == Life.WAITING and not self._signed.get(row.contract) for row in rows)
-        if unsigned >= MAX_UNSIGNED:
-            reasons.append(Reason("contract", f"{unsigned} contracts that nobody signed", f"fewer than {MAX_UNSIGNED}"))
+        reasons += more
         if reasons:
             raise InputError("this broker does not take the contract", code="contract-invalid", reasons=reasons)
 
@@ -261,6 +270,11 @@ class Keeper:
             if written is not None and before is not None and before.digest != data.digest:
                 hint = "a phase has written newer versions of it: give other data another name"
                 reasons.append(Reason(f"data.{asset}.digest", data.digest, before.digest, hint))
+        for asset in contract.outputs:
+            # its owner may have left with the version that dropped it: nobody who can speak for it signs this one
+            if asset not in old.outputs and self._ledger.asset_root(contract.name, asset) is not None:
+                found, hint = "a volume that a version before the last one wrote", "give the new output another name"
+                reasons.append(Reason(f"phase.write.{asset}", found, "an output without a past", hint))
         return reasons
 
     def _consenters(self, contract: Contract) -> frozenset[str]:
@@ -291,7 +305,8 @@ class Keeper:
         before = self._contracts.get(contract.replaces or "")
         if before is None:
             return True
-        votes = {name: True for name, key in before.party.items() if key in self._signed[contract.id]}
+        # a no cannot be sent, so silence is one: a member with a veto has to sign
+        votes = {name: key in self._signed[contract.id] for name, key in before.party.items()}
         proposed = (await asyncio.to_thread(self._ledger.leaf, row.entry)).time
         return change.replacement(before, contract, votes, now=self._clock(), proposed_at=proposed).allowed
 
@@ -458,7 +473,11 @@ class Keeper:
             request="sha256:" + ask.hashed().hex(),
             expires=verdict.expires,
         )
-        done = await self._ledger.release(entry, kept)
+        try:
+            done = await self._ledger.release(entry, kept)
+        except DeniedError as error:
+            refusal = decide.Refusal(error, verdict.claims, workload)
+            await self._refuse_node("release", refusal, ask.contract, ask.phase, (*ask.reads, *ask.writes), request)
         facts = decide.LeaseFacts(
             contract=ask.contract,
             phase=ask.phase,
@@ -507,9 +526,14 @@ class Keeper:
             await self._refuse_node("renew", verdict, contract, phase, assets, request)
         if held is None:
             raise RuntimeError("a renewal without a lease")
-        done = await self._ledger.renew_lease(
-            lease, evidence=digest(request.evidence), tee=verdict.claims.tee, expires=verdict.expires, now=now
-        )
+        try:
+            done = await self._ledger.renew_lease(
+                lease, evidence=digest(request.evidence), tee=verdict.claims.tee, expires=verdict.expires, now=now
+            )
+        except DeniedError as error:
+            refusal = decide.Refusal(error, verdict.claims, verdict.workload)
+            assets = (*held.facts.reads, *held.facts.writes)
+            await self._refuse_node("renew", refusal, contract, phase, assets, request)
         held.facts = replace(
             held.facts, expires=verdict.expires, profile=verdict.workload.profile, claims=verdict.claims
         )
@@ -536,9 +560,12 @@ class Keeper:
             await self._refuse(
                 "register", refused, contract=facts.contract, phase=facts.phase, assets=(statement.asset,)
             )
-        done = await self._ledger.register_root(
-            statement.lease, statement.asset, statement.digest, generation=statement.generation, now=now
-        )
+        try:
+            done = await self._ledger.register_root(
+                statement.lease, statement.asset, statement.digest, generation=statement.generation, now=now
+            )
+        except DeniedError as error:
+            await self._refuse("register", error, contract=facts.contract, phase=facts.phase, assets=(statement.asset,))
         return wire.Receipted(done.receipt.encode())
 
     def _generation(
@@ -626,6 +653,8 @@ class Keeper:
                 answer="sha256:" + statement.answer.hex(),
             )
         except DeniedError as error:
+            if not error.denial_id:  # the ledger logs a spent budget itself
+                await self._refuse("answer", error, contract=facts.contract, phase=facts.phase)
             raise _told(error, error.denial_id) from error
         left = None if budget is None else budget - done.spent.used
         left_today = None if per_day is None else per_day - done.spent.used_today

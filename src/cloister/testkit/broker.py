@@ -92,7 +92,12 @@ class RunningBroker:
 
     def trust(self) -> Trust:
         """What a client must believe to use this broker: the soft root, and this package's measurement."""
-        return Trust(Roots(soft=True), frozenset(self._measurements), allow_soft=True)
+        return Trust(
+            Roots(soft=True),
+            frozenset(self._measurements),
+            allow_soft=True,
+            node_measurements=self.config.node_measurements,
+        )
 
     def client(
         self, *, memory: Path | None = None, clock: Callable[[], datetime] | None = None, timeout_s: float = 10.0

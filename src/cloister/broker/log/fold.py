@@ -12,7 +12,7 @@ An entry that contradicts the ones before it is refused before anything changes:
   key-opened        the key is kept for this owner
   release           the contract is active, the lease is new (or its id is that of a forgettable one)
   lease-*           the lease exists and was not lost
-  root-registered   the lease may write the asset; `previous` is the current version
+  root-registered   the lease may write the asset; `previous` is the current version; the volume is nobody's yet
   answer            `used` is the sum so far and this count
 """
 
@@ -399,6 +399,8 @@ def _registered(fold: Fold, leaf: RootRegistered, entry: int) -> tuple[Row, ...]
             f"generation {leaf.generation} after {leaf.previous or 'nothing'}",
             f"a generation above {before.generation}, after {before.volume}" if before else "a first version",
         )
+    if fold.get(KeyRow, leaf.volume, leaf.owner) is not None:  # else this entry would put another key in its place
+        raise _contradicts(leaf, leaf.volume, "a volume that was never registered")
     return (
         RootRow(
             leaf.name,

@@ -593,10 +593,10 @@ class Ledger:
                 return _Existing(row.state_entry)
             active = fold.active(row.name)
             replaces = active.contract if active else ""
-            if active and replaces != row.replaces:
+            if replaces != row.replaces:
                 raise InputError(
                     f"{row.name} version {row.version} does not replace the active contract of this name",
-                    reasons=[Reason("contract.replaces", row.replaces or "nothing", replaces)],
+                    reasons=[Reason("contract.replaces", row.replaces or "nothing", replaces or "nothing")],
                     hint="write the id of the active contract into `replaces` and sign again",
                 )
             missing = [party for party in signers if fold.get(SignatureRow, contract, party) is None]
@@ -643,9 +643,13 @@ class Ledger:
 
         Raises (from the Pending):
             InputError: no key of this volume is kept for this owner.
+            DeniedError: meanwhile the contract that it is opened under is not active.
         """
 
         def decide(fold: Fold) -> _Entry:
+            row = fold.get(ContractRow, leaf.contract) if leaf.contract else None
+            if leaf.contract and (row is None or row.state != "active"):
+                raise _not_active(row, leaf.contract)
             if fold.get(KeyRow, leaf.volume, leaf.owner) is None:
                 raise InputError(
                     "the broker does not keep this key",
@@ -757,8 +761,8 @@ class Ledger:
         The same registration again gives the first entry again.
 
         Raises (from the Pending):
-            DeniedError: the lease does not write this asset, or another version came first (contract's other lease);
-                (lease-lost) as `renew_lease`.
+            DeniedError: the lease does not write this asset, another version came first (contract's other lease), or the
+                volume is registered already: its key would be exchanged; (lease-lost) as `renew_lease`.
         """
 
         def decide(fold: Fold) -> _Entry | _Existing:
@@ -779,6 +783,12 @@ class Ledger:
                     f"another version of {asset!r} was registered first",
                     reasons=[Reason("register.generation", str(generation), f"above {root.generation}")],
                     hint="the current version stays; run again to build on it",
+                )
+            if fold.get(KeyRow, volume, output.owner) is not None:
+                raise DeniedError(
+                    f"{volume} is a version of another asset, perhaps of another contract",
+                    reasons=[Reason("register.digest", volume, "a volume that was never registered")],
+                    hint="run again: what is sealed again has another digest",
                 )
             leaf = leaves.RootRegistered(
                 time=now,
