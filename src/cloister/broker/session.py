@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -31,6 +32,8 @@ from cloister.errors import InputError, Reason
 
 NAMESPACE: Final = sshsig.ASK
 LONGEST: Final = timedelta(hours=1)
+SESSIONS: Final = 1024
+"""Sessions whose SSHSIG is remembered as valid: it is the same with every question of an hour (bench/job.py, answer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def check(
             )
         )
     try:  # 4
-        fingerprint = sshsig.verify(authorisation.signature, statement.encode(), namespace=NAMESPACE).fingerprint
+        fingerprint = _consumer(authorisation.signature, statement.encode())
     except InputError as error:
         reasons.extend(error.reasons or (Reason("session.signature", error.message, "a valid SSHSIG"),))
     if query is not None:  # 5
@@ -95,3 +98,9 @@ def check(
             hint="the consumer's client has to authorise a new session",
         )
     return Asker(fingerprint)
+
+
+@lru_cache(maxsize=SESSIONS)
+def _consumer(signature: str, statement: bytes) -> str:
+    """Return the fingerprint of the key that signed: a function of nothing but these bytes. Errors are not remembered."""
+    return sshsig.verify(signature, statement, namespace=NAMESPACE).fingerprint
