@@ -146,7 +146,11 @@ class ServiceClient:
         client = cls(
             url, contract, party=party, sign=sign, trust=trust, broker=broker, clock=clock, timeout_s=timeout_s
         )
-        client._attest()
+        try:
+            client._attest()
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def ask(self, data: bytes) -> Reply:
