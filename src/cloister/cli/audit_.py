@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cloister.cli.common import You, options, read_file, write_file
-from cloister.errors import InputError
+from cloister.cli.common import You, count, options, read_file, write_file
+from cloister.errors import InputError, TamperedError
 
 if TYPE_CHECKING:
     from cloister.broker.client import BrokerClient, Seen
+    from cloister.broker.log.receipt import Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,23 @@ def remembered(you: You) -> Seen:
     return seen
 
 
+def read_receipt(path: Path) -> Receipt:
+    """Return the receipt in a file; an error names the file.
+
+    Raises:
+        InputError: it cannot be read.
+        TamperedError: it is no receipt.
+    """
+    from cloister.broker.log.receipt import parse_receipt
+
+    try:
+        return parse_receipt(read_file(path, "a receipt"))
+    except TamperedError as error:
+        raise TamperedError(
+            f"{path}: {error.message}", code=error.code, reasons=error.reasons, hint="take another copy of this receipt"
+        ) from error
+
+
 def fetch(broker: BrokerClient, log_key: str, since_size: int, since_root: str) -> Copy:
     """Fetch the checkpoint and every entry below it."""
     from cloister.broker.log.checkpoint import open_checkpoint
@@ -109,7 +127,6 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
     """
     from cloister.broker.log.audit import audit
     from cloister.broker.log.checkpoint import Checkpoint
-    from cloister.broker.log.receipt import parse_receipt
     from cloister.crypto.note import Verifier
 
     if copy_file is not None:
@@ -132,7 +149,7 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
         copy.checkpoint,
         key,
         remembered=known,
-        receipts=[parse_receipt(read_file(path, "a receipt")) for path in files],
+        receipts=[read_receipt(path) for path in files],
     )
     since = f"extends {report.since}" if report.since else "first look"
     lines = [
@@ -143,5 +160,6 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
     if report.cosigned:
         lines.append("  cosigned by " + ", ".join(name for name, _ in report.cosigned))
     if report.soft:
-        lines.append(f"  {report.soft} entries rest on software evidence, which protects nothing")
+        verb = "rests" if report.soft == 1 else "rest"
+        lines.append(f"  {count(report.soft, 'entry', 'entries')} {verb} on software evidence, which protects nothing")
     you.ui.result({**report.as_json(), "copy": str(copy_file)}, "\n".join(lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -54,11 +56,7 @@ class You:
         """
         from cloister.contract import edge
 
-        if not self.key_file.exists():
-            raise InputError(
-                f"no SSH key at {self.key_file}",
-                hint="`cloister key new` makes one; `--key FILE` uses another (a .pub file means ssh-agent or a token)",
-            )
+        self._check_key()
         if self.key_file.suffix != ".pub":
             try:
                 return edge.Signer.load(self.key_file).sign
@@ -67,10 +65,22 @@ class You:
         return functools.partial(edge.sign, key_file=self.key_file)
 
     def fingerprint(self) -> str:
-        """Return `SHA256:...` of your key as contracts name parties."""
+        """Return `SHA256:...` of your key as contracts name parties.
+
+        Raises:
+            InputError: there is no key yet, or it cannot be read.
+        """
         from cloister.contract import edge
 
+        self._check_key()
         return edge.fingerprint(self.key_file)
+
+    def _check_key(self) -> None:
+        if not self.key_file.exists():
+            raise InputError(
+                f"no SSH key at {self.key_file}",
+                hint="`cloister key new` makes one; `--key FILE` uses another (a .pub file means ssh-agent or a token)",
+            )
 
     def trust(self) -> Trust:
         """Return what you believe of a broker: your own version of the software, on hardware unless you said otherwise."""
@@ -88,6 +98,7 @@ class You:
         """
         from cloister.broker.client import BrokerClient
 
+        _check_address(self.broker_url)
         if not self.broker_url:
             raise InputError(
                 "which broker?",
@@ -214,8 +225,42 @@ def find_contract(reference: str, broker: BrokerClient) -> Contract:
 
     if Path(reference).is_file():
         return read_contract(Path(reference))[1]
-    status = broker.contract_status(reference)
+    status = broker.contract_status(check_reference(reference))
     return parse(broker.contract_bytes(status.contract), name=status.name)
+
+
+def check_reference(reference: str) -> str:
+    """Return `reference` if a broker can know a contract by it.
+
+    Raises:
+        InputError: it is no id and no name, such as the path of a file that is not there.
+    """
+    if re.fullmatch(r"sha256:[0-9a-f]{64}|[a-z][a-z0-9-]{0,39}", reference, re.ASCII):
+        return reference
+    raise InputError(
+        f"no contract '{reference}'",
+        reasons=[Reason("contract", f"no file '{reference}'", "a file, an id (sha256:...) or a contract's name")],
+        hint="check the path; `cloister status` lists the contracts that the broker knows",
+    )
+
+
+def _check_address(url: str) -> None:
+    """A port that is none ends here, not in a traceback."""
+    try:
+        valid = urlsplit(url).port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise InputError(
+            f"'{url}' is not an address",
+            reasons=[Reason("--broker", url, "https://<host>:<port>")],
+            hint="`cloister up` prints the address",
+        )
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """1 file, 2 files; 1 entry, 2 entries (`many` where an s is not enough)."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def read_file(path: Path, what: str) -> bytes:

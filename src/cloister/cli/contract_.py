@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cloister.cli.common import You, keep_receipt, options, read_contract, write_file
+from cloister.cli.common import You, check_reference, keep_receipt, options, read_contract, write_file
 from cloister.errors import InputError
 
 
@@ -166,6 +166,7 @@ def submit(you: You, file: Path) -> None:
 @options
 def revoke(you: You, contract: str) -> None:
     """End CONTRACT (id or name) as one of its signers: no key is released any more and leases are cut."""
+    check_reference(contract)
     broker = you.broker()
     status = broker.contract_status(contract)
     receipt = broker.revoke(status.contract, you.signer())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cloister.cli.common import You, options, table
+from cloister.cli.common import You, check_reference, options, table
 from cloister.errors import InputError
 
 
@@ -42,7 +42,7 @@ def command(you: You, contract: str | None, metrics: bool, phase: str, follow: b
         show(you, broker, contract, phase=phase, follow=follow)
         return
     if contract is not None:
-        one = broker.contract_status(contract)
+        one = broker.contract_status(check_reference(contract))
         lines = [
             f"{one.name} version {one.version}: {one.state}, until {one.expires}",
             f"  id       {one.contract}",

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TextIO
 
-from cloister.errors import CloisterError
+from cloister.errors import CloisterError, DeniedError
 
 _STYLES = {"ok": "32", "bad": "31", "dim": "2", "bold": "1", "warn": "33"}
 _OURS: Final = re.compile(r"(\x1b\[(?:0|1|2|31|32|33)(?:;(?:1|2|31|32|33))*m)")
@@ -91,7 +91,7 @@ class Ui:
             yield step
         except BaseException:
             self.say(
-                f"{self.style('✗', 'bad')} {step.text}  {self.style(human_seconds(time.perf_counter() - begin), 'dim')}"
+                f"{self.style('✗', 'bad')} {step.text}: failed  {self.style(human_seconds(time.perf_counter() - begin), 'dim')}"
             )
             raise
         took = human_seconds(time.perf_counter() - begin)
@@ -144,6 +144,8 @@ class Ui:
                 lines.append(f"    {self.style(reason.hint, 'dim')}")
         if error.hint:
             lines.append(f"hint: {error.hint}")
+        if isinstance(error, DeniedError) and error.denial_id:
+            lines.append(f"why: `cloister why {error.denial_id}` shows this again, as the broker logged it")
         lines.append(self.style(f"code: {error.code} (docs/errors.md)", "dim"))
         self._print("\n".join(lines), self._err)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cloister.cli.common import You, options, read_file
+from cloister.cli.common import You, options
 from cloister.cli.keyring import Keyring
 from cloister.cli.ui import human_bytes, human_seconds
 from cloister.errors import InputError, Reason
@@ -77,12 +77,12 @@ def _volume(you: You, path: Path, digest: str | None) -> None:
 
 
 def _receipt(you: You, path: Path, log_key: str) -> None:
-    from cloister.broker.log.receipt import check_receipt, parse_receipt
-    from cloister.cli.audit_ import remembered
+    from cloister.broker.log.receipt import check_receipt
+    from cloister.cli.audit_ import read_receipt, remembered
     from cloister.crypto.note import Verifier
 
     key = log_key or remembered(you).log_key
-    verified = check_receipt(parse_receipt(read_file(path, "a receipt")), Verifier.parse(key))
+    verified = check_receipt(read_receipt(path), Verifier.parse(key))
     leaf = verified.leaf
     you.ui.result(
         {"index": verified.index, "size": verified.signed.checkpoint.size, "kind": leaf.KIND, "leaf": leaf.as_json()},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from cloister.cli.common import You, options
+from cloister.errors import InputError, Reason
 
 
 @click.command("why", short_help="Explain a denial.")
@@ -17,6 +20,12 @@ def command(you: You, denial: str) -> None:
     Example:
       cloister why d-81c2aa03b7f1
     """
+    if not re.fullmatch(r"d-[0-9a-f]{12}", denial, re.ASCII):
+        raise InputError(
+            f"'{denial}' is not the id of a denial",
+            reasons=[Reason("denial", denial, "d- and 12 hex digits")],
+            hint="the error that you were shown names it, and so does its --json form",
+        )
     record = you.broker().denial(denial)
     lines = [
         f"{denial}: {record.operation} refused at {record.time:%Y-%m-%d %H:%M:%S} UTC, log entry {record.entry}",

@@ -52,7 +52,7 @@ from cloister.contract.model import Contract
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret
 from cloister.crypto.note import Verifier
-from cloister.errors import DeniedError, EvidenceError, PeerError, Reason, TamperedError
+from cloister.errors import DeniedError, EvidenceError, InputError, PeerError, Reason, TamperedError
 from cloister.serve import answer as answers
 from cloister.serve.wire import (
     ASK_STEP,
@@ -97,14 +97,14 @@ class ServiceClient:
         clock: Callable[[], datetime],
         timeout_s: float,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
-            raise PeerError(
+        host, port = _address(url)
+        if not host:
+            raise InputError(
                 f"{url!r} is not the address of a service",
                 reasons=[Reason("service.url", url, "http://<host>:<port>")],
                 hint="`cloister serve` prints the address; questions are encrypted end to end, whatever carries them",
             )
-        self._host, self._port = parts.hostname, parts.port or 80
+        self._host, self._port = host, port
         self.url = url
         self._contract = contract
         self._party = party
@@ -308,6 +308,18 @@ class ServiceClient:
         if response.status != 200:
             raise ErrorReply.decode(data).as_error()
         return data
+
+
+def _address(url: str) -> tuple[str, int]:
+    """Host and port of `http://<host>:<port>`; an empty host for everything else."""
+    try:
+        parts = urlsplit(url)
+        port = 80 if parts.port is None else parts.port
+    except ValueError:
+        return "", 0
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or port == 0:
+        return "", 0
+    return parts.hostname, port
 
 
 def _hex(digest: bytes) -> str:
