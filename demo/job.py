@@ -330,7 +330,7 @@ class Job:
             print(f"  {name.ljust(width)}  {value.rjust(8)}  {paint(note, '2')}")
         print(
             "\n  Evidence here comes from a soft TEE under a published test root: it protects nothing.\n"
-            '  On TDX hardware the same commands run without --insecure-soft-tee, and a contract says accept = ["tdx"].'
+            '  A contract that says accept = ["tdx"] takes hardware evidence only, judged by the same verifier.'
         )
 
 

@@ -149,8 +149,14 @@ class Party:
         return [*words[:at], "--json", *words[at:]]
 
     def _show(self, words: Sequence[str]) -> None:
-        shown = shlex.join(str(Path(word).name) if word.startswith("/") and "=" not in word else word for word in words)
-        self.story.line(paint(f"{self.name}$ cloister {shown}", "36"), mark="│ ")
+        # paths of this machine as they look from the story's folder or the project's; paths in the jail stay whole
+        roots = (f"{self.home.parent}/", f"{Path(__file__).resolve().parent.parent}/")
+        shown = []
+        for word in words:
+            for root in roots:
+                word = word.replace(root, "")
+            shown.append(word)
+        self.story.line(paint(f"{self.name}$ cloister {shlex.join(shown)}", "36"), mark="│ ")
 
     def _check(self, words: Sequence[str], said: Said, status: int) -> None:
         if said.status != status:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cloister.cli.common import Pair, You, options, read_file, write_file
 from cloister.cli.ui import human_seconds
-from cloister.errors import InputError
+from cloister.errors import InputError, Reason
+
+if TYPE_CHECKING:
+    from cloister.node.workload import WorkloadSpec
 
 
 def default_python() -> Path:
@@ -21,6 +25,27 @@ def default_python() -> Path:
     if not found.is_file():
         raise InputError("which Python?", hint="activate a virtual environment, or name one with --python")
     return found
+
+
+def workload_spec(
+    you: You, python: Path | None, script: Path, args: tuple[str, ...], env: dict[str, str]
+) -> WorkloadSpec:
+    """Return what is measured and run.
+
+    Raises:
+        InputError: your keys lie in the script's folder, all of which would be measured, staged and shown to the program.
+    """
+    from cloister.node.workload import WorkloadSpec
+
+    folder, home = script.resolve().parent, you.home.resolve()
+    # hidden folders are not measured, so a script in ~ and keys in ~/.config go together
+    if home.is_relative_to(folder) and not any(part.startswith(".") for part in home.relative_to(folder).parts):
+        raise InputError(
+            f"{you.home} lies in {folder}, the script's folder: your keys would become part of the program",
+            reasons=[Reason("script", str(script), "a folder with the program's own files only")],
+            hint="move the script into a folder of its own, or use another --home",
+        )
+    return WorkloadSpec(python=python or default_python(), script=script, args=args, env=env)
 
 
 @click.command("measure", short_help="Measure a script with its whole environment: one digest, readable.")
@@ -58,9 +83,9 @@ def command(
     """
     import time
 
-    from cloister.node.workload import Workload, WorkloadSpec, diff, inventory, measure, render_inventory
+    from cloister.node.workload import Workload, diff, inventory, measure, render_inventory
 
-    spec = WorkloadSpec(python=python or default_python(), script=script, args=args, env=dict(env))
+    spec = workload_spec(you, python, script, args, dict(env))
     begin = time.perf_counter()
     with you.ui.bar("measuring") as bar:
         workload = measure(spec, cache_dir=you.home / "measured", progress=bar.update)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cloister.cli.common import SOFT_NOTE, Pair, You, find_contract, paths, read_file
-from cloister.cli.measure_ import default_python
+from cloister.cli.measure_ import workload_spec
 
 if TYPE_CHECKING:
     from cloister.attestation.edge.attester import Attester
@@ -89,14 +89,14 @@ def enter(
     from cloister.crypto.memory import harden_process
     from cloister.node.admission import Store, admit, prepare
     from cloister.node.plan import plan
-    from cloister.node.workload import Workload, WorkloadSpec
+    from cloister.node.workload import Workload
 
     harden_process()
     expected = None if options.expected is None else Workload.from_bytes(read_file(options.expected, "a workload file"))
     broker = you.broker()
     contract = find_contract(options.reference, broker)
     chosen = plan(contract, phase, data=options.data, out=options.out)
-    spec = WorkloadSpec(python=options.python or default_python(), script=script, args=args, env=dict(options.env))
+    spec = workload_spec(you, options.python, script, args, dict(options.env))
     prepared = prepare(
         chosen,
         spec,

@@ -85,13 +85,14 @@ def prepare(
         InputError: the environment or the script cannot be measured, or the sandbox name is not one that runs here.
         MachineError: no confinement level that is acceptable (code `no-sandbox`).
     """
-    with report.step("measured workload") as step, report.bar("measuring") as bar:  # 1
+    with report.step("measuring the workload") as step, report.bar("measuring") as bar:  # 1
         workload = measure(spec, cache_dir=store.cache, mac_key=store.mac_key, progress=bar.update)
         step.text = f"measured {spec.script.name}: {workload.digest[:19]}…"
     if workload.digest != plan.digest:
         _explain_difference(plan, workload, expected, report)
-    with report.step("staged it") as step, report.bar("staging") as bar:  # 2
+    with report.step("staging the workload") as step, report.bar("staging") as bar:  # 2
         staged = stage(workload, spec, store=store.staged, mac_key=store.mac_key, progress=bar.update)
+        step.text = f"staged exactly what was measured, {staged.compiled} modules compiled"
     if plan.sandbox not in PROFILES:  # 3
         raise InputError(
             f"code '{plan.code}' wants sandbox '{plan.sandbox}', which this node does not run",
@@ -112,7 +113,7 @@ def admit(plan: Plan, prepared: Prepared, broker: BrokerClient, report: Report) 
         DeniedError, EvidenceError: the broker's reasons.
         PeerError: the broker is unreachable or was replaced.
     """
-    with report.step("attested") as step:
+    with report.step("attesting") as step:
         release = broker.release(
             plan.contract.id,
             plan.phase,

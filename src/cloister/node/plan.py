@@ -3,7 +3,7 @@
 Steps; all findings are reported together:
 
   1 phase     the contract has the phase
-  2 place     this version runs phases on a TEE or an attested host, on one worker
+  2 place     this version runs phases on a TEE or an attested host, on one worker, and no secret code
   3 inputs    every asset that the phase reads has a sealed volume, and nothing else was brought
   4 outputs   every asset that the phase writes has a target, and nothing else was named
   5 clashes   no two assets share a path; only an asset that is read and written may use one path for both
@@ -67,6 +67,10 @@ def plan(contract: Contract, phase: str, *, data: Mapping[str, Path], out: Mappi
     if wanted.workers != 1:
         reasons.append(
             Reason(f"phase.{phase}.workers", str(wanted.workers), "1", "this version runs a phase on one worker")
+        )
+    if contract.code[wanted.run].secret:
+        reasons.append(
+            Reason(f"code.{wanted.run}.secret", "true", "false", "this version runs code that its operator may read")
         )
     streams = sorted(set(wanted.read) & set(contract.stream))
     reasons += [

@@ -114,7 +114,7 @@ def run(
         )
         speaker = stack.enter_context(Speaker.of(broker, release, plan.contract.phase[plan.phase].streams_out))
         begin = time.perf_counter()
-        with report.step("ran") as step:
+        with report.step(f"running {plan.code}") as step:
             ended, metrics, words = _watch(running, keeper, report, audience, plan, speaker)
             speaker.finish()  # its last batch leaves while outputs are sealed
             keeper.check()
@@ -261,7 +261,7 @@ def _publish(
         _check_output(running, asset)
     sealed: dict[str, Sealed] = {}
     for asset, target in targets.items():
-        with report.step(f"sealed {asset}") as step, report.bar(f"sealing {asset}") as bar:
+        with report.step(f"sealing {asset}") as step, report.bar(f"sealing {asset}") as bar:
             one = sealed[asset] = target.write(running.output_dir(asset), progress=bar.update)
             step.text = f"sealed {asset}, generation {one.generation}: {one.digest[:19]}…"
     outputs: dict[str, Written] = {}

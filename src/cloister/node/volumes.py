@@ -60,7 +60,7 @@ def mounted(paths: Mapping[str, Path], release: Release, report: Report) -> Iter
         if paths:
             root = _private_root(stack)
         for asset, path in paths.items():
-            with report.step(f"mounted {asset}") as step:
+            with report.step(f"mounting {asset}") as step:
                 key = release.keys[asset]
                 volume = Volume.open(current(path, key.digest), key.key, expect=key.digest)
                 points[asset] = root / asset

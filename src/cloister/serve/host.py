@@ -105,7 +105,7 @@ def serve(
     def start() -> JailedModel:
         return JailedModel(launch(job, prepared.profile, level=prepared.level))
 
-    with report.step("started the model's program") as step:
+    with report.step("starting the model's program") as step:
         pool = Pool(start, fresh=plan.sandbox in FRESH, spares=spares, timeout_s=timeout_s)
         stack.callback(pool.close)
         step.text = f"started {plan.code} in sandbox '{plan.sandbox}' at {prepared.level}"
