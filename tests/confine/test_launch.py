@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,6 +304,35 @@ def test_outer_paths_of_binds_do_not_need_to_be_open_to_the_jobs_user(tmp_path: 
     )
     assert ran.stdout.split() == ["input", "ran"]
     assert (inner / "x").read_text() == "input\n"
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_native_code_among_the_data_is_never_executed(tmp_path: Path, writable: bool) -> None:
+    """Neither started, nor through the dynamic loader, nor as a library: only what was measured is code."""
+    tmp_path.chmod(0o755)
+    library = next(path for folder in ("/usr/lib", "/lib") for path in Path(folder).rglob("libm.so.6"))
+    for name, source in (("program", Path(shutil.which("true") or "")), ("library", library)):
+        (tmp_path / name).write_bytes(source.read_bytes())
+        (tmp_path / name).chmod(0o755)
+    loader = next(path for path in ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1") if Path(path).exists())
+    script = f"""
+import ctypes, os, subprocess
+for attempt in (
+    lambda: subprocess.run(["/data/in/program"], check=True),
+    lambda: subprocess.run(["{loader}", "/data/in/program"], check=True, stderr=subprocess.DEVNULL),
+    lambda: ctypes.CDLL("/data/in/library"),
+):
+    try:
+        attempt()
+    except (OSError, subprocess.CalledProcessError):
+        print("refused")
+    else:
+        print("executed")
+"""
+    binds = (Bind(tmp_path, "/data/in", writable=writable),)
+    with start(PYTHON, "-c", script, binds=binds) as running:
+        ran = finish(running)
+    assert ran.stdout.split() == ["refused"] * 3, ran.stderr
 
 
 def test_an_existing_writable_bind_is_refused_to_sealed_jobs(tmp_path: Path) -> None:

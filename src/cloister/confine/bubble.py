@@ -157,8 +157,7 @@ def accesses(job: Job, machine: Machine) -> tuple[Access, ...]:
     """Return who may do what where, for Landlock."""
     found = []
     for bind, folder in zip(job.binds, machine.folders, strict=True):
-        data = bind.target == "/data" or bind.target.startswith("/data/")
-        rights = landlock.WRITE if bind.writable else landlock.READ if data else landlock.RUN
+        rights = landlock.WRITE if bind.writable else landlock.READ if bind.data else landlock.RUN
         found.append(Access(bind.target, rights, folder))
     found += [Access(path, landlock.READ) for path in ("/etc", "/proc", "/sys")]
     found += [Access(f"/dev/{device}", landlock.DEVICE, folder=False) for device in DEVICES]

@@ -5,7 +5,7 @@ It imports nothing of the package and little of the standard library, because it
 
   1 orders    read from a descriptor (marshal, written by the same interpreter a moment ago)
   2 room      private mount namespace (plus user namespace without root); everything private, nothing propagates out
-  3 stage     tmpfs over an existing folder: inputs bound into it, one sized tmpfs for each output
+  3 stage     tmpfs over an existing folder: inputs bound into it, data without code, one sized tmpfs for each output
   4 hand over descriptors of the outputs go to the launcher; they outlive the mounts
   5 start     child: control group, job's uid, death signal, bubblewrap
   6 watch     until the job ends, the wall clock is over, the launcher says kill, or the launcher is gone
@@ -39,6 +39,8 @@ else:
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+SYS_MOUNT_SETATTR = 442  # the same number on x86-64 and aarch64
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KEPT_DIAGNOSTICS = 4096
@@ -69,6 +71,24 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
     )
 
 
+def _forbid_code(target: str) -> None:
+    """No program or library comes from the mount at `target` or from one below it.
+
+    Landlock's right to execute is about execve(2) alone: the dynamic loader and dlopen(3) map files as code, which only
+    the mount itself can refuse.
+    """
+    attributes = struct.pack("4Q", MS_NOSUID | MS_NODEV | MS_NOEXEC, 0, 0, 0)  # MOUNT_ATTR_* have the same numbers
+    result = _libc.syscall(
+        ctypes.c_long(SYS_MOUNT_SETATTR),
+        ctypes.c_int(AT_FDCWD),
+        os.fsencode(target),
+        ctypes.c_uint(AT_RECURSIVE),
+        attributes,
+        ctypes.c_size_t(len(attributes)),
+    )
+    _check(result, f"forbid code on {target} (Linux 5.12 or later)")
+
+
 def _write(path: str, text: str) -> None:
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
@@ -92,13 +112,15 @@ def _stage(orders: dict[str, Any]) -> list[int]:
     for name in ("bind", "out", "empty"):
         os.mkdir(f"{stage}/{name}")  # noqa: PTH102 -- pathlib would cost 5 ms of every start
     os.close(os.open(f"{stage}/blank", os.O_CREAT | os.O_WRONLY, 0o444))
-    for index, (source, folder) in enumerate(orders["binds"]):
+    for index, (source, folder, executes) in enumerate(orders["binds"]):
         target = f"{stage}/bind/{index}"
         if folder:
             os.mkdir(target)  # noqa: PTH102 -- as above
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
         _mount(source, target, None, MS_BIND | MS_REC)
+        if not executes:
+            _forbid_code(target)
     found = []
     for name, size, inodes in orders["outputs"]:
         target = f"{stage}/out/{name}"

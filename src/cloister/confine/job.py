@@ -89,6 +89,16 @@ class Bind:
             if self.target == place or self.target.startswith(place + "/"):
                 raise ValueError(f"bind target {self.target!r} lies in {place}, which the jail fills itself")
 
+    @property
+    def data(self) -> bool:
+        """Whether it lies below `/data`."""
+        return self.target == "/data" or self.target.startswith("/data/")
+
+    @property
+    def executes(self) -> bool:
+        """Whether anything in it may be executed or mapped as code."""
+        return not self.writable and not self.data
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

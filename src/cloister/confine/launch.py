@@ -317,7 +317,10 @@ def _start(
                 "gid": gid,
                 "launcher": os.getpid(),
                 "stage": machine.stage,
-                "binds": [(str(bind.source), folder) for bind, folder in zip(job.binds, machine.folders, strict=True)],
+                "binds": [
+                    (str(bind.source), folder, bind.executes)
+                    for bind, folder in zip(job.binds, machine.folders, strict=True)
+                ],
                 "outputs": [(name, *bubble.output_tmpfs(size, profile)) for name, size in sorted(job.outputs.items())],
                 "bwrap": facts.bwrap,
                 "args_fd": arguments_fd,
