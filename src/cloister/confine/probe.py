@@ -29,7 +29,7 @@ Level = Literal["L1", "L2", "L3"]
 
 MIN_BWRAP: Final = (0, 8, 0)
 """First release with `--size`, `--disable-userns` and `--add-seccomp-fd` together."""
-_BWRAP_PATH: Final = "/usr/bin:/bin:/usr/local/bin"
+BWRAP_PATH: Final = "/usr/bin:/bin:/usr/local/bin"
 _TEE_DEVICES: Final = ("/dev/tdx_guest", "/dev/sev-guest")
 _LANDLOCK_VERSION: Final = 1  # LANDLOCK_CREATE_RULESET_VERSION
 _SECCOMP_GET_ACTION_AVAIL: Final = 2
@@ -79,7 +79,7 @@ def facts() -> Facts:
             code="no-sandbox",
             hint=f"there are tables for {', '.join(ARCHES)}",
         )
-    bwrap = shutil.which("bwrap", path=_BWRAP_PATH) or ""
+    bwrap = shutil.which("bwrap", path=BWRAP_PATH) or ""
     return Facts(
         arch=name,
         bwrap=bwrap,

@@ -624,3 +624,11 @@ else:
     process = bubblewrap([program, "-I", "-S", "-c", script], binds)
     answer = process.communicate()[0].decode()
     assert answer.startswith("refused"), attempt
+
+
+@pytest.mark.skipif(not jail_works(), reason="bubblewrap does not work here")
+def test_a_program_called_bwrap_in_the_callers_path_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "bwrap", b"#!/bin/sh\necho mine\n", mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    process = bubblewrap(["/none"], [])
+    assert b"mine" not in process.communicate()[0]

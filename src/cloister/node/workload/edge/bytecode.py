@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cloister.confine import seccomp
+from cloister.confine.probe import BWRAP_PATH
 from cloister.confine.profile import profile
 from cloister.confine.syscalls import ARCHES
 from cloister.node.workload.form import minor
@@ -96,7 +97,7 @@ def bubblewrap(argv: Sequence[str], binds: Sequence[Bind]) -> subprocess.Popen[b
     The interpreter is no more trusted here than when the job runs: without the filter, all that is closed there would be
     open here. Raises OSError where bubblewrap is not installed or there is no table of system calls.
     """
-    program, machine = shutil.which("bwrap"), platform.machine()
+    program, machine = shutil.which("bwrap", path=BWRAP_PATH), platform.machine()
     arch = next((known for known in ARCHES if known == machine), None)
     if program is None or arch is None:
         raise FileNotFoundError("bwrap" if program is None else machine)
