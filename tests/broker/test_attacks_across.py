@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +19,7 @@ from cloister.crypto.keys import digest
 from cloister.errors import DeniedError, EvidenceError, InputError
 from cloister.testkit.broker import RunningBroker, running_broker
 from tests.broker.conftest import Clock
-from tests.broker.world import World, signer, trainer_node
+from tests.broker.world import VOLUME_ID, XRAYS, World, signer, trainer_node
 
 _names = (f"across-{number}" for number in itertools.count())
 
@@ -160,6 +162,49 @@ def test_contracts_of_strangers_do_not_keep_a_signed_one_from_counting(
         client.submit_contract(World().contract(name=next(_names)), name="one more.toml")
     assert world.signed(client, data) == contract
     assert client.contract_status(contract).state == "active"
+
+
+def test_contract_with_more_signers_than_a_status_holds(broker: RunningBroker) -> None:
+    # 1,030 short names fit into 64 KiB; one such contract of a stranger must not end every later list of contracts
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = ["".join(pair) for pair in itertools.product(letters, letters + "0123456789")]
+    names = [*names, *(f"a{number:02d}" for number in range(1030 - len(names)))]
+    keys = {each: "SHA256:" + base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()[:43] for each in names}
+    parties = "\n".join(f'{each}="{key}"' for each, key in keys.items())
+    members = ",".join(f'"{each}"' for each in names)
+    data = f"""contract="{next(_names)}"
+version=1
+expires=2099-01-01
+[party]
+{parties}
+[code]
+c={{owner="zzz",digest="{XRAYS}"}}
+[data]
+d={{owner="zzz",digest="{XRAYS}"}}
+[place]
+p={{kind="tee",accept=["simulated"]}}
+[phase.train]
+run="c"
+at="p"
+read=["d"]
+[board]
+zzz={{members=[{members}],need=1}}
+[change]
+default="zzz"
+""".encode()
+    client = broker.client()
+    with pytest.raises(InputError) as refused:
+        client.submit_contract(data, name="crowd.toml")
+    assert [reason.where for reason in refused.value.reasons] == ["party"]
+    assert client.contracts() is not None
+
+
+def test_deposit_of_a_generation_that_has_no_next(broker: RunningBroker) -> None:
+    world, client = World(), broker.client()
+    with pytest.raises(ValueError, match="generation"):
+        client.deposit_key(
+            XRAYS, volume_id=VOLUME_ID, key=world.xrays_key, sign=world.hospital.sign, generation=(1 << 53) - 1
+        )
 
 
 def test_more_contracts_than_a_list_holds(broker: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> None:

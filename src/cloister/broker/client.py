@@ -116,12 +116,16 @@ class Trust:
             reference_values={"mrtd": self._software()},
         )
 
+    def nodes(self) -> frozenset[bytes]:
+        """Return the accepted values of `mrtd` of a node."""
+        return self._software() if self.node_measurements is None else self.node_measurements
+
     def _software(self) -> frozenset[bytes]:
         return frozenset({own_measurement()}) if self.broker_measurements is None else self.broker_measurements
 
     def appraise_config(self, config: wire.BrokerConfig) -> tuple[Reason, ...]:
         """Return why a broker with `config` is not wanted: it gives keys to node software that is not trusted here."""
-        wanted = self._software() if self.node_measurements is None else self.node_measurements
+        wanted = self.nodes()
         foreign = [each for each in config.node_measurements if each not in wanted]
         if not foreign:
             return ()

@@ -51,6 +51,8 @@ MAX_ENTRIES_BYTES: Final = 8 << 20
 """Log entries in one answer; clients ask for the rest."""
 MAX_UNSIGNED: Final = 1000
 """Contracts that nobody signed: more are refused, so that strangers cannot fill the disk with them."""
+MAX_PARTIES: Final = 128
+"""Parties of one contract: those of two versions together sign, and a log entry names at most 256 signers."""
 MAX_LISTED: Final = 10_000
 """Contracts in one list: the newest; others are found by id or name."""
 
@@ -160,7 +162,7 @@ class Keeper:
         contract_id = digest(request.toml)
         if contract_id not in self._contracts:
             contract = parse(request.toml, name=request.name)
-            self._check_place(contract, self._unread())
+            self._check_place(contract, self._too_many(contract))
             await self._ledger.submit_contract(
                 request.toml,
                 name=contract.name,
@@ -230,13 +232,16 @@ class Keeper:
             raise _no_contract(contract_id)
         return contract
 
-    def _unread(self) -> list[Reason]:
-        """Return why no new contract is taken now: too many wait for a first signature."""
+    def _too_many(self, contract: Contract) -> list[Reason]:
+        """Return why no new contract like this is taken: it has too many parties, or too many wait for a signature."""
+        reasons = []
+        if len(contract.party) > MAX_PARTIES:
+            reasons.append(Reason("party", f"{len(contract.party)} parties", f"at most {MAX_PARTIES}"))
         rows = self._ledger.contracts()
         unsigned = sum(row.state == Life.WAITING and not self._signed.get(row.contract) for row in rows)
-        if unsigned < MAX_UNSIGNED:
-            return []
-        return [Reason("contract", f"{unsigned} contracts that nobody signed", f"fewer than {MAX_UNSIGNED}")]
+        if unsigned >= MAX_UNSIGNED:
+            reasons.append(Reason("contract", f"{unsigned} contracts that nobody signed", f"fewer than {MAX_UNSIGNED}"))
+        return reasons
 
     def _check_place(self, contract: Contract, more: Sequence[Reason] = ()) -> None:
         """Refuse a contract that can never become active here: its name is another lineage's, or it follows nothing."""

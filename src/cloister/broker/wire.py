@@ -571,7 +571,7 @@ class KeyStatement(Message):
     FIELDS: ClassVar = {
         "digest": _DIGEST,
         "volume_id": Blob(VOLUME_ID_BYTES, VOLUME_ID_BYTES),
-        "generation": Uint(),
+        "generation": Uint(1 << 48),  # versions that are written over it get the next ones
         "sealed": _HASH,
         "broker": _HASH,
     }
