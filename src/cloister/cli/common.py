@@ -23,6 +23,7 @@ from cloister.errors import CloisterError, InputError, MachineError, PeerError, 
 if TYPE_CHECKING:
     from cloister.broker.client import BrokerClient, Signer, Trust
     from cloister.contract.model import Contract
+    from cloister.node.workload import Workload
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -256,6 +257,31 @@ def _check_address(url: str) -> None:
             reasons=[Reason("--broker", url, "https://<host>:<port>")],
             hint="`cloister up` prints the address",
         )
+
+
+def real(path: Path) -> Path:
+    """Return `path` without links, as far as it exists; unlike `Path.resolve` it has no trouble with links in a circle."""
+    return Path(os.path.realpath(path))
+
+
+def read_workload(path: Path) -> Workload:
+    """Return the measured workload in a file that `cloister measure --to` wrote; an error names the file.
+
+    Raises:
+        InputError: it cannot be read, or is no workload.
+    """
+    from cloister.node.workload import Workload
+
+    data = read_file(path, "a workload file")
+    try:
+        return Workload.from_bytes(data)
+    except InputError as error:
+        raise InputError(
+            f"{path} is not a workload file: {error.message}",
+            code=error.code,
+            reasons=error.reasons,
+            hint=error.hint or "`cloister measure ... --to FILE` writes one",
+        ) from error
 
 
 def count(number: int, one: str, many: str = "") -> str:

@@ -158,7 +158,8 @@ def submit(you: You, file: Path) -> None:
     """Hand FILE to the broker; it becomes active when everybody who must sign has signed."""
     data, _ = read_contract(file)
     status = you.broker().submit_contract(data, name=file.name)
-    you.ui.result(status.as_map(), f"{status.contract}  {status.state}; waiting for {', '.join(status.waiting)}")
+    waiting = f"; waiting for {', '.join(status.waiting)}" if status.waiting else ""
+    you.ui.result(status.as_map(), f"{status.contract}  {status.state}{waiting}")
 
 
 @command.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cloister.cli.common import Pair, You, options, read_file, write_file
+from cloister.cli.common import Pair, You, options, read_workload, real, write_file
 from cloister.cli.ui import human_seconds
 from cloister.errors import InputError, Reason
 
@@ -37,7 +37,7 @@ def workload_spec(
     """
     from cloister.node.workload import WorkloadSpec
 
-    folder, home = script.resolve().parent, you.home.resolve()
+    folder, home = real(script).parent, real(you.home)
     # hidden folders are not measured, so a script in ~ and keys in ~/.config go together
     if home.is_relative_to(folder) and not any(part.startswith(".") for part in home.relative_to(folder).parts):
         raise InputError(
@@ -83,7 +83,7 @@ def command(
     """
     import time
 
-    from cloister.node.workload import Workload, diff, inventory, measure, render_inventory
+    from cloister.node.workload import diff, inventory, measure, render_inventory
 
     spec = workload_spec(you, python, script, args, dict(env))
     begin = time.perf_counter()
@@ -94,7 +94,7 @@ def command(
     you.ui.say(render_inventory(inventory(workload)))
     you.ui.say(f"measured in {human_seconds(took)}")
     if old is not None:
-        lines = diff(Workload.from_bytes(read_file(old, "a workload file")), workload)
+        lines = diff(read_workload(old), workload)
         result["differences"] = list(lines)
         you.ui.say("differences: " + ("none" if not lines else ""))
         for line in lines:

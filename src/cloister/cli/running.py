@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cloister.cli.common import SOFT_NOTE, Pair, You, find_contract, paths, read_file
+from cloister.cli.common import SOFT_NOTE, Pair, You, find_contract, paths, read_workload
 from cloister.cli.measure_ import workload_spec
 
 if TYPE_CHECKING:
@@ -89,10 +89,9 @@ def enter(
     from cloister.crypto.memory import harden_process
     from cloister.node.admission import Store, admit, prepare
     from cloister.node.plan import plan
-    from cloister.node.workload import Workload
 
     harden_process()
-    expected = None if options.expected is None else Workload.from_bytes(read_file(options.expected, "a workload file"))
+    expected = None if options.expected is None else read_workload(options.expected)
     broker = you.broker()
     contract = find_contract(options.reference, broker)
     chosen = plan(contract, phase, data=options.data, out=options.out)

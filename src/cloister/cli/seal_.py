@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from pathlib import Path
 
 import click
 
-from cloister.cli.common import You, keep_receipt, options
+from cloister.cli.common import You, count, keep_receipt, options, real
 from cloister.cli.keyring import Keyring
 from cloister.cli.ui import human_bytes, human_seconds
+from cloister.errors import CloisterError, InputError
 
 
 @click.command("seal", short_help="Turn a folder into a sealed volume and hand its key to the broker.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Where the sealed volume goes.")
 @click.option("--as", "name", default="", help="Name for messages, as in your contract.  [default: the folder's]")
-@click.option("--no-deposit", is_flag=True, help="Keep the key to yourself; hand it over later with another seal.")
+@click.option(
+    "--no-deposit", is_flag=True, help="Keep the key to yourself; `cloister key deposit` hands it over later."
+)
 @click.option(
     "--replace", is_flag=True, help="Replace an existing volume; the old one stays until the new is complete."
 )
@@ -38,7 +42,9 @@ def command(you: You, folder: Path, target: Path, name: str, no_deposit: bool, r
     from cloister.volume.seal import seal
 
     harden_process()
-    name = name or folder.resolve().name
+    if os.path.lexists(target) and not replace:
+        raise InputError(f"{target} exists already", hint="name a new place, or add --replace")
+    name = name or real(folder).name
     # The broker is attested before the work, so that a wrong address costs nothing.
     broker = None if no_deposit else you.broker()
     signer = None if broker is None else you.signer()
@@ -50,10 +56,13 @@ def command(you: You, folder: Path, target: Path, name: str, no_deposit: bool, r
         with you.ui.bar(f"sealing {name}") as bar:
             sealed = seal(folder, target, key=key, volume_id=volume_id, replace=replace, progress=bar.update)
     except BaseException:
-        ring.forget(volume_id)
+        if not _is(target, volume_id):
+            ring.forget(volume_id)
         raise
     took = time.perf_counter() - begin
-    you.ui.say(f"sealed {sealed.files} files, {human_bytes(sealed.size_bytes)} in {human_seconds(took)}: {target}")
+    you.ui.say(
+        f"sealed {count(sealed.files, 'file')}, {human_bytes(sealed.size_bytes)} in {human_seconds(took)}: {target}"
+    )
     if broker is not None and signer is not None:
         receipt = broker.deposit_key(
             sealed.digest, volume_id=sealed.volume_id, key=key, sign=signer, generation=sealed.generation
@@ -73,3 +82,13 @@ def command(you: You, folder: Path, target: Path, name: str, no_deposit: bool, r
         },
         f'{name} = {{ owner = "…", digest = "{sealed.digest}" }}',
     )
+
+
+def _is(target: Path, volume_id: bytes) -> bool:
+    """Whether the volume with this id stands at `target`: then its key is kept, whatever else went wrong."""
+    from cloister.volume.read import peek
+
+    try:
+        return peek(target).volume_id == volume_id
+    except CloisterError:
+        return False

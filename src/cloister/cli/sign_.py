@@ -51,8 +51,9 @@ def command(you: You, file: Path, offline: bool, made: Path | None) -> None:
     broker = you.broker()
     broker.submit_contract(data, name=file.name)
     status = broker.add_signature(contract.id, signature)
+    given = len(set(status.signed) & set(status.required))
     waiting = f"waiting for {', '.join(status.waiting)}" if status.waiting else "contract active"
     you.ui.result(
         {**result, "state": status.state, "signed": list(status.signed), "waiting": list(status.waiting)},
-        f"signed as {party}: {len(status.signed)} of {len(status.required)} signatures, {waiting}",
+        f"signed as {party}: {given} of {len(status.required)} signatures that it needs, {waiting}",
     )

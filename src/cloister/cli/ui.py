@@ -144,7 +144,7 @@ class Ui:
                 lines.append(f"    {self.style(reason.hint, 'dim')}")
         if error.hint:
             lines.append(f"hint: {error.hint}")
-        if isinstance(error, DeniedError) and error.denial_id:
+        if isinstance(error, DeniedError) and error.denial_id and error.denial_id not in error.hint:
             lines.append(f"why: `cloister why {error.denial_id}` shows this again, as the broker logged it")
         lines.append(self.style(f"code: {error.code} (docs/errors.md)", "dim"))
         self._print("\n".join(lines), self._err)

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from cloister.cli.common import You, now, options, write_file
+from cloister.cli.common import You, now, options, real, write_file
 
 
 @click.command("witness", short_help="Co-sign the log's checkpoints so that it cannot be rolled back or forked.")
@@ -34,7 +34,7 @@ def command(you: You, name: str, every_s: float | None) -> None:
     if (folder / "key").exists():
         witness = WitnessFolder(folder, clock=now)
     else:
-        witness = WitnessFolder.create(folder, name or you.home.resolve().name, clock=now)
+        witness = WitnessFolder.create(folder, name or real(you.home).name, clock=now)
         you.ui.say(f"new witness {witness.verifier}")
     broker = you.broker()
     key = Verifier.parse(broker.broker.config.log_key)

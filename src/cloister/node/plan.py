@@ -14,6 +14,7 @@ Whether the node may have the keys is the broker's question; this only finds the
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,9 @@ def plan(contract: Contract, phase: str, *, data: Mapping[str, Path], out: Mappi
     ]
     reasons += _compare("--data", set(wanted.read) - set(streams), data, f"phase.{phase}.read")  # 3
     reasons += _compare("--out", set(wanted.write), out, f"phase.{phase}.write")  # 4
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}
     for name, path in [*data.items(), *out.items()]:  # 5
-        other = taken.setdefault(path.resolve(), name)
+        other = taken.setdefault(os.path.realpath(path), name)
         if other != name:
             reasons.append(Reason(str(path), f"used for '{other}' and '{name}'", "one path for each asset"))
     if reasons:
