@@ -1,5 +1,7 @@
 """Progress lines: counters and numbers pass, text never does."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,3 +44,15 @@ def test_only_short_names_and_rounded_numbers_pass(line: bytes) -> None:
             assert name.replace("_", "").isalpha()
             assert value == float(f"{value:.4g}")
         assert progress.fraction is None or 0 <= progress.fraction <= 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"epoch " + b" " * 4000, b"epoch 1" + b"\t" * 4000, b"loss" + b" " * 4000 + b"x", b"epoch 1/" + b" " * 4000],
+)
+def test_hostile_line_does_not_hold_the_thread_that_ends_the_program(line: bytes) -> None:
+    """A search keeps all threads of the node waiting, also those that renew the lease and kill the program."""
+    begin = time.thread_time()
+    for _ in range(20):
+        read_line(line)
+    assert time.thread_time() - begin < 0.5

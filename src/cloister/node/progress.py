@@ -15,10 +15,14 @@ from typing import Final
 MAX_LINE_BYTES: Final = 4096
 MAX_METRICS: Final = 8
 
+# Bounded spaces: a search that takes long keeps every thread waiting, and the program chooses the line.
 _COUNTER = re.compile(
-    r"\b(epoch|step|batch|iteration|iter|round)\s*[:=]?\s*\[?(\d{1,9})\s*/\s*(\d{1,9})\]?", re.IGNORECASE
+    r"\b(epoch|step|batch|iteration|iter|round)\s{0,8}[:=]?\s{0,8}\[?(\d{1,9})\s{0,8}/\s{0,8}(\d{1,9})\]?",
+    re.IGNORECASE,
 )
-_METRIC = re.compile(r"\b([A-Za-z][A-Za-z_]{0,15})\s*[:= ]\s*(-?\d{1,9}(?:\.\d{1,9})?(?:[eE][-+]?\d{1,2})?)(?![\w/.])")
+_METRIC = re.compile(
+    r"\b([A-Za-z][A-Za-z_]{0,15})\s{0,8}[:= ]\s{0,8}(-?\d{1,9}(?:\.\d{1,9})?(?:[eE][-+]?\d{1,2})?)(?![\w/.])"
+)
 
 
 @dataclass(frozen=True, slots=True)
