@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +28,19 @@ from demo.story import BrokenStoryError
 if TYPE_CHECKING:
     from demo.job import Job
 
-FLIPPED = ["run", "… with one bit flipped"]
-
 
 def play(job: Job, file: Path) -> None:
     """Try everything; a single success ends the story."""
-    changed_script(job, file)
-    missing_signature(job, file)
-    own_programs(job)
-    with ThreadPoolExecutor(max_workers=1) as beside:  # while the next training runs
-        flipped = beside.submit(job.party("cloud").run, *flipped_byte(job, file), status=1, show=FLIPPED)
-        old_model(job, file)
-        _show(job, "a flipped bit in the sealed scans", flipped.result().data)
+    kept = job.folder / "cloud" / "first.sealed"
+    shutil.copytree(job.volume("detector"), kept)
+    again = job.train_command(file)
+    with job.party("cloud").beside(*again, show=["run", "… once more, beside what follows: generation 2"]) as trained:
+        flipped_byte(job, file, kept)  # first: it needs the detector to be at generation 1 still
+        changed_script(job, file)
+        missing_signature(job, file)
+        own_programs(job)
+        trained()
+    old_model(job, file, kept)
     operators_view(job)
 
 
@@ -102,25 +102,26 @@ def _replayed(client: BrokerClient, contract: str, tee: SoftTdxAttester) -> Call
     return lambda: client._exchange("POST", "release", body)
 
 
-def flipped_byte(job: Job, file: Path) -> list[str]:
-    """One bit of the sealed scans changes on the cloud's disk. Returns the command that trains on them."""
+def flipped_byte(job: Job, file: Path, detector: Path) -> None:
+    """One bit of the sealed scans changes on the cloud's disk."""
     copy, out = job.folder / "cloud" / "flipped.sealed", job.folder / "cloud" / "flipped-detector.sealed"
     shutil.copytree(job.volume("scans"), copy)
-    shutil.copytree(job.volume("detector"), out)
+    shutil.copytree(detector, out)
     segment = copy / "data" / "00000000"
     with segment.open("r+b") as data:
         data.seek(70_000)
         byte = data.read(1)[0]
         data.seek(70_000)
         data.write(bytes([byte ^ 1]))
-    return job.train_command(file, scans=copy, out=out)
+    said = job.party("cloud").run(
+        *job.train_command(file, scans=copy, out=out), status=1, show=["run", "… with one bit flipped"]
+    )
+    _show(job, "a flipped bit in the sealed scans", said.data)
 
 
-def old_model(job: Job, file: Path) -> None:
-    """The cloud keeps the first model, trains again, and puts the first one back."""
-    place, kept = job.volume("detector"), job.folder / "cloud" / "first.sealed"
-    shutil.copytree(place, kept)
-    job.party("cloud").run(*job.train_command(file), show=["run", "… once more: generation 2"])
+def old_model(job: Job, file: Path, kept: Path) -> None:
+    """The cloud kept the first model when it trained again, and puts it back."""
+    place = job.volume("detector")
     shutil.rmtree(place)
     kept.rename(place)
     said = job.party("cloud").run(

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -100,19 +100,35 @@ class Party:
 
     def run(self, *words: str, status: int = 0, show: Sequence[str] | None = None, as_json: bool = True) -> Said:
         """Run `cloister WORDS` as a process; its talk (a live progress bar included) goes to the terminal."""
+        with self.beside(*words, status=status, show=show, as_json=as_json) as ended:
+            return ended()
+
+    @contextlib.contextmanager
+    def beside(
+        self, *words: str, status: int = 0, show: Sequence[str] | None = None, as_json: bool = True
+    ) -> Iterator[Callable[[], Said]]:
+        """Run `cloister WORDS` as a process during the block; yields a function that waits for its end."""
         self._show(show or words)
         live = not as_json
-        done = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-m", "cloister", *self._arguments(words, as_json)],
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
             stderr=None if live else subprocess.PIPE,
             text=True,
-            check=False,
-        )
-        said = Said(done.returncode, done.stdout, done.stderr or "")
-        self._check(words, said, status)
-        return said
+        ) as child:
+
+            def ended() -> Said:
+                out, err = child.communicate()
+                said = Said(child.returncode, out, err or "")
+                self._check(words, said, status)
+                return said
+
+            try:
+                yield ended
+            finally:
+                if child.poll() is None:
+                    child.terminate()
 
     @contextlib.contextmanager
     def process(self, *words: str, ready: Path, timeout_s: float = 60) -> Iterator[dict[str, Any]]:
