@@ -19,7 +19,7 @@ from types import MappingProxyType
 import pytest
 
 import cloister
-from cloister.confine import bubble, cgroup, probe
+from cloister.confine import bubble, cgroup, holder, probe
 from cloister.confine.job import Bind, Job
 from cloister.confine.launch import launch
 from cloister.confine.profile import profile
@@ -244,6 +244,19 @@ def test_nothing_survives_a_launcher_that_dies(number: signal.Signals) -> None:
     while leftover_groups() - before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert leftover_groups() <= before
+
+
+def test_a_process_that_took_over_the_number_of_the_jails_first_one_is_not_killed() -> None:
+    with subprocess.Popen(["/bin/sleep", "60"]) as stranger:
+        try:
+            assert holder._open_init(stranger.pid, (1,)) == -1
+            descriptor = holder._open_init(stranger.pid, (1, os.getpid()))
+            assert descriptor >= 0
+            os.close(descriptor)
+        finally:
+            stranger.kill()
+    assert holder._open_init(stranger.pid, (os.getpid(),)) == -1
+    assert holder._open_init(0, (os.getpid(),)) == -1
 
 
 def test_a_fork_of_the_dead_launcher_does_not_keep_the_job_alive() -> None:

@@ -174,6 +174,27 @@ def _child_pid(info: int) -> int:
     return int(digits)
 
 
+def _open_init(pid: int, parents: tuple[int, ...]) -> int:
+    """A pidfd of the jail's pid 1, or -1 if it is gone: then the kernel has ended everything in the jail.
+
+    It may end before it is opened here, and its number may by then belong to somebody else, whom nobody must kill.
+    """
+    try:
+        found = os.pidfd_open(pid) if pid else -1
+    except ProcessLookupError:
+        found = -1
+    if found < 0:
+        return -1
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            if int(file.read().rpartition(b")")[2].split()[1]) in parents:
+                return found
+    except (ProcessLookupError, FileNotFoundError):
+        pass
+    os.close(found)
+    return -1
+
+
 def _watch(orders: dict[str, Any], control: _socket.socket, bwrap: int, diagnostics: int) -> tuple[bytes, bytes]:
     """Wait for one of the ends; return (why, what bubblewrap said)."""
     launcher = os.pidfd_open(orders["launcher"])
@@ -256,7 +277,7 @@ def _hold(orders: dict[str, Any], control: _socket.socket) -> None:
     for descriptor in (*orders["keep"], info_write, diagnostics_write):
         os.close(descriptor)
     pid = _child_pid(info)
-    init = os.pidfd_open(pid) if pid else -1
+    init = _open_init(pid, (bwrap, holder))  # ours as subreaper if bubblewrap is gone already
     why, said = _watch(orders, control, bwrap, diagnostics)
     if init >= 0:
         _kill(init)
