@@ -85,6 +85,7 @@ def command(
 
     from cloister.node.workload import diff, inventory, measure, render_inventory
 
+    earlier = None if old is None else read_workload(old)
     spec = workload_spec(you, python, script, args, dict(env))
     begin = time.perf_counter()
     with you.ui.bar("measuring") as bar:
@@ -93,8 +94,8 @@ def command(
     result = {"digest": workload.digest, "seconds": took}
     you.ui.say(render_inventory(inventory(workload)))
     you.ui.say(f"measured in {human_seconds(took)}")
-    if old is not None:
-        lines = diff(read_workload(old), workload)
+    if earlier is not None:
+        lines = diff(earlier, workload)
         result["differences"] = list(lines)
         you.ui.say("differences: " + ("none" if not lines else ""))
         for line in lines:
