@@ -7,15 +7,17 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from cloister.broker import keeper
 from cloister.broker.client import BrokerClient, Release
+from cloister.broker.decide import LeaseFacts
+from cloister.broker.store.ledger import LeaseSecrets
 from cloister.contract.edge import Signer
-from cloister.crypto.keys import digest
+from cloister.crypto.keys import Secret, digest
 from cloister.errors import DeniedError, EvidenceError, InputError
 from cloister.testkit.broker import RunningBroker, running_broker
 from tests.broker.conftest import Clock
@@ -212,6 +214,22 @@ def test_more_contracts_than_a_list_holds(broker: RunningBroker, monkeypatch: py
     monkeypatch.setattr(keeper, "MAX_LISTED", 2)
     newest = [client.submit_contract(world.contract(name=next(_names)), name="c.toml").contract for _ in range(3)]
     assert [status.contract for status in client.contracts()] == newest[1:]
+
+
+def test_long_leases_do_not_keep_the_secrets_of_ended_ones_in_memory() -> None:
+    # eight leases that are renewed for ever used to be all that was ever looked at
+    now = datetime(2026, 11, 20, tzinfo=UTC)
+
+    def held(expires: datetime) -> keeper._Held:
+        facts = LeaseFacts("", "train", (), (), bytes(32), "", "offline", "L2", expires)
+        return keeper._Held(facts, LeaseSecrets(Secret.random()))
+
+    one = keeper.Keeper.__new__(keeper.Keeper)
+    one._held = {f"long-{number}": held(now + timedelta(hours=1)) for number in range(8)}
+    one._held |= {f"ended-{number}": held(now - timedelta(hours=1)) for number in range(100)}
+    for _ in range(14):
+        one._forget(now)
+    assert sorted(one._held) == [f"long-{number}" for number in range(8)]
 
 
 # --- a genuine broker, set up by the attacker -------------------------------------------------------------------------

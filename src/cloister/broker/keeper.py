@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Final, NoReturn
 
 import cloister
@@ -854,10 +855,11 @@ class Keeper:
         return self._held.setdefault(lease, _Held(facts, self._ledger.lease_secrets(lease)))
 
     def _forget(self, now: datetime) -> None:
-        """Drop leases that ended, a few at a time."""
-        for lease, held in list(self._held.items())[:8]:
-            if held.facts.expires < now:
-                del self._held[lease]
+        """Drop leases that ended, a few at a time; those that go on wait at the end for the next look."""
+        for lease in list(islice(self._held, 8)):
+            held = self._held.pop(lease)
+            if held.facts.expires >= now:
+                self._held[lease] = held
 
     @staticmethod
     def _evidence(data: bytes) -> Evidence | EvidenceError:
