@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +50,8 @@ from cloister.testkit.broker import RunningBroker, running_broker
 
 FOLDER: Final = STATE / "bench"
 SCRIPTS: Final = HERE / "examples" / "images"
+RELEASE_MS: Final = 5.0
+"""Attest + appraise + release inside a job; bench/release.py aims lower."""
 PARTS: Final = ("step", "answer", "release", "seal")
 
 CONTRACT: Final = """\
@@ -391,6 +393,7 @@ def figures(options: argparse.Namespace) -> Iterator[Figure]:
                     world.shielded()
                 yield from answers(world, options.questions)
     if "release" in parts:
-        yield from release.figures(options_of(release))
+        for figure in release.figures(options_of(release)):
+            yield replace(figure, target=RELEASE_MS if figure.name == "release warm p50" else None)
     if "seal" in parts:
         yield from seal.figures(options_of(seal, size_mb=256, files=5000, rounds=3))
