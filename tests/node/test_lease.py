@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from cloister.errors import CloisterError, DeniedError, MachineError, PeerError
-from cloister.node.lease import LeaseKeeper
+from cloister.node.lease import LeaseKeeper, boot_time
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def keep(renew: Callable[[], Times], life_s: float, wait_s: float = 5.0) -> tupl
         lost.append(error)
         ended.set()
 
-    with LeaseKeeper(lease(life_s), renew, clock=now, on_lost=on_lost) as keeper:
+    with LeaseKeeper(lease(life_s), renew, asked=boot_time(), on_lost=on_lost) as keeper:
         ended.wait(wait_s)
     return keeper, lost
 
@@ -88,3 +88,28 @@ def test_a_broker_that_comes_back_in_time_is_forgiven() -> None:
     keeper, lost = keep(renew, 3.0, wait_s=3.5)
     assert not lost
     assert keeper.renewals == 1
+
+
+def test_a_clock_set_back_on_the_node_gains_no_time() -> None:
+    """The broker's times say 'tomorrow' on this machine's clock; only the length of the lease counts."""
+    lost = threading.Event()
+    tomorrow = now() + timedelta(days=1)
+
+    def starved() -> Times:
+        raise PeerError("the operator drops renewals", code="broker-unreachable")
+
+    begin = boot_time()
+    times = Times(expires=tomorrow + timedelta(seconds=1), renew_after=tomorrow + timedelta(seconds=0.5))
+    with LeaseKeeper(times, starved, asked=begin, on_lost=lambda error: lost.set()):
+        assert lost.wait(5)
+    assert 0.9 <= boot_time() - begin < 4
+
+
+def test_the_time_that_the_release_took_counts() -> None:
+    lost = threading.Event()
+
+    def starved() -> Times:
+        raise PeerError("away", code="broker-unreachable")
+
+    with LeaseKeeper(lease(60), starved, asked=boot_time() - 61, on_lost=lambda error: lost.set()):
+        assert lost.wait(2)

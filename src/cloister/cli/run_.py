@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cloister.cli.common import You, keep_receipt, now, options, write_file
+from cloister.cli.common import You, keep_receipt, options, write_file
 from cloister.cli.running import NodeOptions, enter, node_options
 from cloister.errors import CloisterError
 
@@ -44,7 +44,7 @@ def execute(you: You, script: Path, args: tuple[str, ...], phase: str, node: Nod
         metrics=bool(listening) and "metrics" in wanted.streams_out,
         logs=bool(listening) and "logs" in wanted.streams_out,
     )
-    result = run(plan, admission, broker, report=you.ui, clock=now, audience=audience)
+    result = run(plan, admission, broker, report=you.ui, audience=audience)
     document = provenance(plan, admission, result)
     try:
         for asset, written in result.outputs.items():

@@ -26,6 +26,7 @@ from cloister.confine.profile import NAMES as PROFILES
 from cloister.confine.profile import Profile, profile
 from cloister.crypto.keys import Secret
 from cloister.errors import InputError, MachineError, Reason
+from cloister.node.lease import boot_time
 from cloister.node.plan import Plan
 from cloister.node.report import Report
 from cloister.node.workload import Staged, Workload, WorkloadSpec, measure, stage
@@ -64,6 +65,8 @@ class Admission:
 
     prepared: Prepared
     release: Release
+    asked: float
+    """`lease.boot_time()` when the release was asked for: its lease counts from here."""
 
 
 def prepare(
@@ -114,6 +117,7 @@ def admit(plan: Plan, prepared: Prepared, broker: BrokerClient, report: Report) 
         PeerError: the broker is unreachable or was replaced.
     """
     with report.step("attesting") as step:
+        asked = boot_time()
         release = broker.release(
             plan.contract.id,
             plan.phase,
@@ -123,7 +127,7 @@ def admit(plan: Plan, prepared: Prepared, broker: BrokerClient, report: Report) 
         )
         names = ", ".join([*plan.reads, *plan.writes]) or "no assets"
         step.text = f"attested as {prepared.attester.name} at {prepared.level}; keys of {names} released"
-    return Admission(prepared, release)
+    return Admission(prepared, release, asked)
 
 
 def _best_level() -> Level:

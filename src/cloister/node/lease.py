@@ -7,13 +7,18 @@
 
 LOST is final: `on_lost` runs once, in a thread of the keeper, with the error that says why. The end of the lease is
 watched by a thread of its own: a broker that accepts a renewal and never answers it gains no second.
+
+Time is CLOCK_BOOTTIME, which nobody can set and which goes on through a suspend. How long a lease lives is the broker's
+statement (twice the time from `renew_after` to `expires`), counted from the moment its request was sent: an operator
+who sets this machine's clock back and starves renewals gains nothing.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final, Protocol
 
 from cloister.errors import CloisterError, MachineError, PeerError, Reason
@@ -23,8 +28,13 @@ _RETRY_MOST_S: Final = 30.0
 _LOOK_S: Final = 1.0
 
 
+def boot_time() -> float:
+    """Seconds since boot, suspends included; no clock setting moves it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Renewable(Protocol):
-    """The two times of a lease, both with a time zone."""
+    """The two times of a lease, both with a time zone and both of the broker's clock: only their difference counts."""
 
     @property
     def expires(self) -> datetime: ...
@@ -36,7 +46,8 @@ class Renewable(Protocol):
 class LeaseKeeper:
     """Renews through `renew` (which returns the lease with its new times) until `stop`.
 
-    `clock` gives the time, `on_lost(error)` is called at most once.
+    `asked` is the `boot_time()` at which the lease was asked for; `boot` is that clock. `on_lost(error)` is called at most
+    once.
     """
 
     def __init__(
@@ -44,13 +55,15 @@ class LeaseKeeper:
         lease: Renewable,
         renew: Callable[[], Renewable],
         *,
-        clock: Callable[[], datetime],
+        asked: float,
         on_lost: Callable[[CloisterError], None],
+        boot: Callable[[], float] = boot_time,
     ) -> None:
-        self._lease = lease
         self._renew = renew
-        self._clock = clock
+        self._boot = boot
         self._on_lost = on_lost
+        self._half, self._ends = 0.0, 0.0
+        self._take(lease, asked)
         self._stop = threading.Event()
         self._losing = threading.Lock()
         self._failed: CloisterError | None = None
@@ -60,6 +73,10 @@ class LeaseKeeper:
         ]
         self.lost: CloisterError | None = None
         self.renewals = 0
+
+    def _take(self, lease: Renewable, asked: float) -> None:
+        half_s = max((lease.expires - lease.renew_after).total_seconds(), 0.0)
+        self._half, self._ends = asked + half_s, asked + 2 * half_s
 
     def __enter__(self) -> LeaseKeeper:
         for thread in self._threads:
@@ -83,40 +100,35 @@ class LeaseKeeper:
 
     def _run(self) -> None:
         pause = _RETRY_FIRST_S
-        wake = self._lease.renew_after
-        while not self._stop.wait(max((wake - self._clock()).total_seconds(), 0.0)) and self.lost is None:
+        wake = self._half
+        while not self._stop.wait(max(wake - self._boot(), 0.0)) and self.lost is None:
+            asked = self._boot()
             try:
-                self._lease = self._renew()
+                lease = self._renew()
             except PeerError as error:
                 self._failed = error
-                wake = self._clock() + min(timedelta(seconds=pause), self._left() / 2)
+                wake = self._boot() + min(pause, max(self._ends - self._boot(), 0.1) / 2)
                 pause = min(pause * 2, _RETRY_MOST_S)
             except CloisterError as error:
                 self._lose(error, "the broker refused to renew the lease")
                 return
             else:
+                self._take(lease, asked)
                 self.renewals += 1
                 self._failed = None
                 pause = _RETRY_FIRST_S
-                # a clock that is ahead of the broker's finds every renewal late; that is no reason to hammer the broker
-                wake = max(self._lease.renew_after, self._clock() + self._left() / 4)
-
-    def _left(self) -> timedelta:
-        """What is left of the lease, at least a tenth of a second."""
-        return max(self._lease.expires - self._clock(), timedelta(seconds=0.1))
+                wake = self._half
 
     def _watch(self) -> None:
         """Wait for the end of the lease, which every renewal moves."""
-        while (left := (self._lease.expires - self._clock()).total_seconds()) > 0:
-            # looked at again now and then: the clock may be set, and a renewal moves the end
-            if self._stop.wait(min(left, _LOOK_S)):
+        while (left := self._ends - self._boot()) > 0:
+            if self._stop.wait(min(left, _LOOK_S)):  # looked at again now and then: a renewal moves the end
                 return
-        ends, clock = f"{self._lease.expires:%Y-%m-%d %H:%M:%S} UTC", f"{self._clock():%Y-%m-%d %H:%M:%S} UTC"
         silent = PeerError(
             "no renewal came in time",
             code="broker-unreachable",
-            reasons=[Reason("lease", f"it ended {ends}, the clock here says {clock}", "a renewal before its end")],
-            hint="is the broker reachable, and do both clocks agree? nothing was sealed",
+            reasons=[Reason("lease", "it ended", "a renewal before its end")],
+            hint="is the broker reachable? nothing was sealed",
         )
         self._lose(self._failed or silent, "the broker did not answer until the lease ended")
 

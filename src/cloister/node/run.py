@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -80,7 +79,6 @@ def run(
     broker: BrokerClient,
     *,
     report: Report,
-    clock: Callable[[], datetime],
     audience: Audience = Audience(),
 ) -> RunResult:
     """Run the phase and return what it left.
@@ -108,7 +106,7 @@ def run(
             LeaseKeeper(
                 release.lease,
                 lambda: broker.renew(release, admission.prepared.attester).lease,
-                clock=clock,
+                asked=admission.asked,
                 on_lost=lambda error: None,  # `_watch` looks, and kills from the thread that waits
             )
         )

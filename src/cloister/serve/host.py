@@ -129,7 +129,7 @@ def serve(
         LeaseKeeper(
             admission.release.lease,
             lambda: broker.renew(admission.release, prepared.attester).lease,
-            clock=clock,
+            asked=admission.asked,
             on_lost=lost,
         )
     )
