@@ -22,7 +22,7 @@ from cloister.cli import VERBS, main
 from cloister.cli.common import system_error
 from cloister.cli.ui import printable
 from cloister.errors import InputError, MachineError
-from tests.e2e_support import Person, Said, World
+from tests.e2e_support import Person, Said, World, other_broker
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +112,40 @@ def test_a_contract_that_waits_is_status_5(world: World) -> None:
     deal = world.deal(signers=["vendor"])
     assert world.cloud.run(*deal.run()).expect(5).error == "waiting"
     world.cloud.call("status", deal.name).expect(5)
+
+
+def test_receipts_of_another_broker_are_no_proof_against_this_one(world: World) -> None:
+    """A home may know several brokers: their receipts lie together, and none of them accuses another broker."""
+    world.deal()
+    with other_broker(world) as (second, _):
+        second.deal()
+        report = second.hospital.call("audit").expect(0).data
+        assert report["other_receipts"] > 0
+        receipts = sorted((world.hospital.home / "receipts").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        named = second.hospital.call("audit", str(receipts[0])).expect(1)
+        assert named.error == "log-tampered", "one that is named by hand has to be of this log"
+    text = world.hospital.call("audit", as_json=False).expect(0)
+    assert "of other logs" in text.out
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("log_key", "rubbish"), ("since", {"size": 3, "root": "zz"}), ("entries", ["%"]), ("checkpoint", 7), ("v", 2)],
+)
+def test_a_bent_copy_of_a_log_is_refused(world: World, tmp_path: Path, change: str, value: object) -> None:
+    copy = Path(world.lab.call("audit").expect(0).data["copy"])
+    bent = tmp_path / "copy.json"
+    bent.write_text(json.dumps(json.loads(copy.read_text()) | {change: value}))
+    said = world.lab.call("audit", "--offline", str(bent))
+    assert said.status in (1, 2)
+    assert said.data["error"] in ("input", "log-tampered")
+
+
+def test_a_log_key_that_is_none_is_named(world: World) -> None:
+    world.deal()
+    receipt = next((world.hospital.home / "receipts").glob("*.json"))
+    said = world.hospital.call("verify", str(receipt), "--log-key", "rubbish", as_json=False).expect(2)
+    assert "'rubbish' is not the key of a log" in said.err
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------

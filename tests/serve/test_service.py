@@ -465,7 +465,7 @@ def test_a_service_that_is_not_there_is_explained(world: World, asked: tuple[Dea
     said = ask(world, deal, "http://127.0.0.1:9", "?", as_json=False).expect(1)
     assert "does not answer" in said.err
     assert "cloister serve" in said.err
-    assert ask(world, deal, "ftp://somewhere", "?").expect(1).error == "peer"
+    assert ask(world, deal, "ftp://somewhere", "?").expect(2).error == "input"
 
 
 def test_a_party_that_is_no_consumer_is_told_before_it_asks(world: World, asked: tuple[Deal, str]) -> None:

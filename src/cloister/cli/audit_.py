@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from cloister.cli.common import You, count, options, read_file, write_file
-from cloister.errors import InputError, TamperedError
+from cloister.errors import InputError, Reason, TamperedError
 
 if TYPE_CHECKING:
     from cloister.broker.client import BrokerClient, Seen
     from cloister.broker.log.receipt import Receipt
+    from cloister.crypto.note import Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Copy:
             body = json.loads(data)
             if body["v"] != 1:
                 raise ValueError("another version")
+            if int(body["since"]["size"]) and len(bytes.fromhex(body["since"]["root"])) != 32:
+                raise ValueError("a root that is no SHA-256")
             return cls(
                 str(body["log_key"]),
                 str(body["checkpoint"]).encode(),
@@ -95,6 +98,40 @@ def read_receipt(path: Path) -> Receipt:
         ) from error
 
 
+def log_key_of(text: str) -> Verifier:
+    """Return the verifier key of a log.
+
+    Raises:
+        InputError: `text` is none.
+    """
+    from cloister.crypto.note import NoteError, Verifier
+
+    try:
+        return Verifier.parse(text)
+    except NoteError as error:
+        raise InputError(
+            f"'{text}' is not the key of a log",
+            reasons=[Reason("log-key", str(error), "<name>+<8 hex digits>+<base64>")],
+            hint="`cloister audit --json` names it in its copy of the log (HOME/log)",
+        ) from error
+
+
+def _is_of(receipt: Receipt, key: Verifier) -> bool:
+    """Whether the receipt says to be of the log with this key; if it does and is not, the audit says so."""
+    from cloister.crypto.note import NoteError, decode_base64, split
+
+    try:
+        _, lines = split(receipt.checkpoint)
+        signatures = [line.split(" ") for line in lines]
+        return any(
+            words[1] == key.name and decode_base64(words[2])[:4] == key.key_id
+            for words in signatures
+            if len(words) == 3
+        )
+    except NoteError:
+        return True
+
+
 def fetch(broker: BrokerClient, log_key: str, since_size: int, since_root: str) -> Copy:
     """Fetch the checkpoint and every entry below it."""
     from cloister.broker.log.checkpoint import open_checkpoint
@@ -118,7 +155,7 @@ def fetch(broker: BrokerClient, log_key: str, since_size: int, since_root: str) 
 def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> None:
     """Fetch the whole log, then check it offline: signatures, one history since last time, all your receipts in it.
 
-    RECEIPTS are receipt files (default: all in HOME/receipts). The copy that was checked is kept in HOME/log.
+    RECEIPTS are receipt files (default: all of this log in HOME/receipts). The copy that was checked is kept in HOME/log.
 
     \b
     Examples:
@@ -127,7 +164,6 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
     """
     from cloister.broker.log.audit import audit
     from cloister.broker.log.checkpoint import Checkpoint
-    from cloister.crypto.note import Verifier
 
     if copy_file is not None:
         copy = Copy.decode(read_file(copy_file, "a copy of a log"))
@@ -140,16 +176,19 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
         name = hashlib.sha256(copy.log_key.encode()).hexdigest()[:12]
         copy_file = you.home / "log" / f"{name}.json"
         write_file(copy_file, copy.encode())
-    key = Verifier.parse(copy.log_key)
+    key = log_key_of(copy.log_key)
     known = Checkpoint(key.name, copy.since_size, bytes.fromhex(copy.since_root)) if copy.since_size else None
     folder = you.home / "receipts"
-    files = receipts or tuple(sorted(folder.glob("*.json"))) if folder.is_dir() or receipts else ()
+    kept = tuple(sorted(folder.glob("*.json"))) if folder.is_dir() else ()
+    found = [read_receipt(path) for path in receipts or kept]
+    # a home may know several brokers; a receipt that was named by hand has to be of this one
+    mine = found if receipts else [one for one in found if _is_of(one, key)]
     report = audit(
         copy.entries,
         copy.checkpoint,
         key,
         remembered=known,
-        receipts=[read_receipt(path) for path in files],
+        receipts=mine,
     )
     since = f"extends {report.since}" if report.since else "first look"
     lines = [
@@ -157,9 +196,13 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
         "  " + ", ".join(f"{count} {kind}" for kind, count in report.counts.items()),
         f"  your {report.receipts} receipts are all in it; inclusion and consistency verified offline",
     ]
+    if others := len(found) - len(mine):
+        lines.append(
+            f"  {count(others, 'receipt')} of other logs in {folder} not looked at: name their broker with --broker"
+        )
     if report.cosigned:
         lines.append("  cosigned by " + ", ".join(name for name, _ in report.cosigned))
     if report.soft:
         verb = "rests" if report.soft == 1 else "rest"
         lines.append(f"  {count(report.soft, 'entry', 'entries')} {verb} on software evidence, which protects nothing")
-    you.ui.result({**report.as_json(), "copy": str(copy_file)}, "\n".join(lines))
+    you.ui.result({**report.as_json(), "other_receipts": others, "copy": str(copy_file)}, "\n".join(lines))

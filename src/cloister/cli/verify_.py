@@ -78,11 +78,10 @@ def _volume(you: You, path: Path, digest: str | None) -> None:
 
 def _receipt(you: You, path: Path, log_key: str) -> None:
     from cloister.broker.log.receipt import check_receipt
-    from cloister.cli.audit_ import read_receipt, remembered
-    from cloister.crypto.note import Verifier
+    from cloister.cli.audit_ import log_key_of, read_receipt, remembered
 
     key = log_key or remembered(you).log_key
-    verified = check_receipt(read_receipt(path), Verifier.parse(key))
+    verified = check_receipt(read_receipt(path), log_key_of(key))
     leaf = verified.leaf
     you.ui.result(
         {"index": verified.index, "size": verified.signed.checkpoint.size, "kind": leaf.KIND, "leaf": leaf.as_json()},
