@@ -46,6 +46,19 @@ def test_a_run_leaves_a_sealed_registered_output_with_its_provenance(world: Worl
     assert world.cloud.run(*deal.run()).expect(0).data["outputs"]["model"]["generation"] == 2
 
 
+def test_only_the_owner_gets_the_key_of_an_output(world: World) -> None:
+    deal = world.deal()
+    world.cloud.run(*deal.run()).expect(0)
+    for person, status in (("vendor", 3), ("cloud", 3), ("stranger", 3)):
+        target = world.fresh("mine") / "files"
+        said = world.people[person].call(
+            "open", str(deal.model), "--to", str(target), "--contract", str(deal.file), "--asset", "model"
+        )
+        assert said.status == status, said
+        assert said.data["reasons"]
+        assert not target.exists()
+
+
 def test_outside_its_process_nobody_sees_the_mounted_data(world: World) -> None:
     deal = world.deal({"do": "sleep"})
     child = world.cloud.start(*deal.run())
