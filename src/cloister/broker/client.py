@@ -64,6 +64,7 @@ SKEW: Final = timedelta(seconds=60)
 """Beyond this difference of clocks an error about time mentions it: a nonce lives 60 s."""
 NONCE_KEPT_S: Final = 20.0
 """How long the nonce that came with the broker's evidence is used: a third of its life."""
+_OTHER_SOFTWARE: Final = "it runs another version than you do: use the same one, or say --trust-broker if you know it"
 OPEN_VALID: Final = timedelta(minutes=30)
 LISTEN_VALID: Final = timedelta(minutes=50)
 """The broker takes an hour; its clock may be behind."""
@@ -556,7 +557,10 @@ class BrokerClient:
             )
         except EvidenceError as error:
             raise self._with_skew(error) from error
-        reasons = check_binding(claims, binding) + appraise(claims, self._trust.policy())  # 3, 4
+        reasons = check_binding(claims, binding) + tuple(  # 3, 4
+            replace(one, hint=_OTHER_SOFTWARE) if one.where == "broker.mrtd" else one
+            for one in appraise(claims, self._trust.policy())
+        )
         config: wire.BrokerConfig | None = None
         try:
             config = wire.BrokerConfig.decode(config_of(claims))  # 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cloister.cli.common import You, find_contract, keep_receipt, now, options, read_file, table
+from cloister.cli.common import You, find_contract, keep_receipt, note_contract, now, options, read_file, table
 from cloister.cli.ui import human_seconds
 from cloister.errors import CloisterError
 
@@ -28,12 +28,16 @@ def command(you: You, reference: str, files: tuple[Path, ...], url: str) -> None
       cloister ask pneumonia-xray scan.png --service http://127.0.0.1:8100
       cloister ask pneumonia.toml *.png --service http://127.0.0.1:8100 --json
     """
+    from cloister.crypto.memory import harden_process
     from cloister.serve.client import ServiceClient
+
+    harden_process()
 
     inputs = [(path, read_file(path, "a question")) for path in files]
     broker = you.broker()
     contract = find_contract(reference, broker)
     party = you.party_in(contract)
+    note_contract(you, contract)
     rows: list[dict[str, str]] = []
     answers: list[dict[str, object]] = []
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import re
 import secrets
@@ -48,6 +49,10 @@ class You:
     key_file: Path
     broker_url: str
     soft: bool
+    broker_software: frozenset[bytes] | None = None
+    """Accepted `mrtd` of brokers; None means this software's own."""
+    node_software: frozenset[bytes] | None = None
+    """Accepted `mrtd` of nodes; None means the brokers' values."""
 
     def signer(self) -> Signer:
         """Return a function that signs with your key: in process for a plain key file, else through ssh-keygen.
@@ -88,7 +93,12 @@ class You:
         from cloister.attestation.roots import Roots
         from cloister.broker.client import Trust
 
-        return Trust(roots=Roots(soft=self.soft), allow_soft=self.soft)
+        return Trust(
+            roots=Roots(soft=self.soft),
+            broker_measurements=self.broker_software,
+            node_measurements=self.node_software,
+            allow_soft=self.soft,
+        )
 
     def broker(self) -> BrokerClient:
         """Attest the broker and return a client of it.
@@ -164,18 +174,68 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
         envvar="CLOISTER_INSECURE_SOFT_TEE",
         help="Accept and make software evidence. Protects nothing.",
     )
+    @click.option(
+        "--trust-broker",
+        "trusted_brokers",
+        multiple=True,
+        metavar="HEX",
+        help="Accepted software measurement of a broker.  [default: this software's own]",
+    )
+    @click.option(
+        "--trust-node",
+        "trusted_nodes",
+        multiple=True,
+        metavar="HEX",
+        help="Accepted software measurement of a node.  [default: the brokers' values]",
+    )
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @functools.wraps(function)
     def wrapper(
-        *args: Any, home: Path, key_file: Path | None, broker_url: str, soft: bool, as_json: bool, **rest: Any
+        *args: Any,
+        home: Path,
+        key_file: Path | None,
+        broker_url: str,
+        soft: bool,
+        trusted_brokers: tuple[str, ...],
+        trusted_nodes: tuple[str, ...],
+        as_json: bool,
+        **rest: Any,
     ) -> R:
         folder = home.expanduser()
         ui = click.get_current_context().find_object(Ui) or Ui()
         ui.as_json = as_json
-        you = You(ui, folder, key_file or folder / "id_ed25519", broker_url, soft)
+        you = You(
+            ui,
+            folder,
+            key_file or folder / "id_ed25519",
+            broker_url,
+            soft,
+            measurements(trusted_brokers, "--trust-broker"),
+            measurements(trusted_nodes, "--trust-node"),
+        )
         return function(you, *args, **rest)  # type: ignore[arg-type]  # click passes by name
 
     return wrapper
+
+
+def measurements(texts: Iterable[str], option: str) -> frozenset[bytes] | None:
+    """Return software measurements (48 bytes each) given as hex; None where none was given.
+
+    Raises:
+        InputError: something else than 96 hex digits.
+    """
+    found = set()
+    for text in texts:
+        try:
+            value = bytes.fromhex(text)
+        except ValueError:
+            value = b""
+        if len(value) != 48:
+            raise InputError(
+                f"{option} wants 96 hex digits, found '{text}'", hint="`cloister measure --software` prints them"
+            )
+        found.add(value)
+    return frozenset(found) or None
 
 
 class Pair(click.ParamType[tuple[str, str]]):
@@ -218,6 +278,33 @@ def read_contract(path: Path) -> tuple[bytes, Contract]:
 
     data = read_file(path, "a contract")
     return data, parse(data, name=path.name)
+
+
+def note_contract(you: You, contract: Contract) -> None:
+    """Say which contract a name led to, and warn if the same name led to another one before.
+
+    A name at a broker belongs to whoever took it first: the id and the signers are what counts.
+    """
+    path = you.home / "contracts.json"
+    key = f"{you.broker_url} {contract.name}"
+    known = _known_contracts(path)
+    you.ui.say(
+        f"contract {contract.name} version {contract.version}, {contract.id}; signed by {', '.join(sorted(contract.signers))}"
+    )
+    if known.get(key, contract.id) != contract.id:
+        you.ui.warn(
+            f"'{contract.name}' was {known[key]} when you used it last: `cloister contract diff` shows what changed"
+        )
+    if known.get(key) != contract.id:
+        write_file(path, json.dumps({**known, key: contract.id}, indent=1, sort_keys=True).encode())
+
+
+def _known_contracts(path: Path) -> dict[str, str]:
+    try:
+        value = json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}, which remembers contracts: {error}", hint="move it away") from error
+    return {str(name): str(identity) for name, identity in value.items()} if isinstance(value, dict) else {}
 
 
 def find_contract(reference: str, broker: BrokerClient) -> Contract:

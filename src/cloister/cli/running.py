@@ -89,8 +89,8 @@ def enter(
     from cloister.crypto.memory import harden_process
     from cloister.node.admission import Store, admit, prepare
     from cloister.node.plan import plan
+    from cloister.node.volumes import isolate
 
-    harden_process()
     expected = None if options.expected is None else read_workload(options.expected)
     broker = you.broker()
     contract = find_contract(options.reference, broker)
@@ -105,4 +105,7 @@ def enter(
         level=options.level,
         expected=expected,
     )
+    # From here on there are secrets: first the place where only this process and its jail can see them.
+    isolate()
+    harden_process()
     return chosen, admit(chosen, prepared, broker, you.ui), broker

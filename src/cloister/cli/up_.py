@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from cloister.cli.common import SOFT_NOTE, You, options, write_file
-from cloister.errors import InputError
+from cloister.cli.common import SOFT_NOTE, You, measurements, options, write_file
 
 
 @click.command("up", short_help="Start a broker: the attested key service of your contracts.")
@@ -53,7 +52,6 @@ def command(
     harden_process()
     if you.soft:
         you.ui.warn(f"this broker shows {SOFT_NOTE}")
-    measurements = frozenset(_measurement(node) for node in nodes) if nodes else None
 
     def ready(url: str, server: object) -> None:
         import json
@@ -70,7 +68,7 @@ def command(
         Config(
             origin=origin,
             attester="soft-tdx" if you.soft else "auto",
-            node_measurements=measurements,
+            node_measurements=measurements(nodes, "--node"),
             allow_soft=you.soft,
             lease_s=lease_s,
             collateral=collateral,
@@ -78,13 +76,3 @@ def command(
         say=you.ui.say,
         ready=ready,
     )
-
-
-def _measurement(text: str) -> bytes:
-    try:
-        value = bytes.fromhex(text)
-        if len(value) == 48:
-            return value
-    except ValueError:
-        pass
-    raise InputError(f"--node wants 96 hex digits, found '{text}'", hint="`cloister measure --software` prints it")

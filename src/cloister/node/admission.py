@@ -30,14 +30,16 @@ from cloister.node.lease import boot_time
 from cloister.node.plan import Plan
 from cloister.node.report import Report
 from cloister.node.workload import Staged, Workload, WorkloadSpec, measure, stage
+from cloister.node.workload.edge.bootkey import in_memory
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Where a node keeps what it measured and staged, and the key that authenticates it (None: integrity only)."""
+    """Where a node keeps what it measured and staged, and the key that authenticates it."""
 
     root: Path
     mac_key: Secret | None = None
+    """None means a key that lives as long as this boot (`workload.edge.bootkey`)."""
 
     @property
     def cache(self) -> Path:
@@ -88,6 +90,12 @@ def prepare(
         InputError: the environment or the script cannot be measured, or the sandbox name is not one that runs here.
         MachineError: no confinement level that is acceptable (code `no-sandbox`).
     """
+    if not attester.name.startswith("soft") and not in_memory(store.root):
+        raise MachineError(
+            "the node's store lies on a disk that the machine's operator can change while a program runs from it",
+            reasons=[Reason("node.store", str(store.root), "a folder on a tmpfs, which is memory of the TEE")],
+            hint=f"mount one: mount -t tmpfs -o mode=0700,size=4g cloister {store.root}",
+        )
     with report.step("measuring the workload") as step, report.bar("measuring") as bar:  # 1
         workload = measure(spec, cache_dir=store.cache, mac_key=store.mac_key, progress=bar.update)
         step.text = f"measured {spec.script.name}: {workload.digest[:19]}…"

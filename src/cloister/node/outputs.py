@@ -40,7 +40,11 @@ def _waiting(target: Path) -> list[Path]:
     """New generations beside `target`: folders `<target>.next-<number>`, and nothing else that is named alike."""
     name = re.compile(re.escape(target.name) + r"\.next-[0-9]+", re.ASCII)
     try:
-        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()]
+        found = [
+            path
+            for path in target.parent.iterdir()
+            if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        ]
     except OSError:
         return []  # opening the target itself says what is wrong there
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -14,7 +14,6 @@ Whether the node may have the keys is the broker's question; this only finds the
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,15 @@ def plan(contract: Contract, phase: str, *, data: Mapping[str, Path], out: Mappi
         reasons.append(
             Reason(f"code.{wanted.run}.secret", "true", "false", "this version runs code that its operator may read")
         )
+    if contract.code[wanted.run].sandbox == "sealed" and wanted.write:
+        reasons.append(
+            Reason(
+                f"code.{wanted.run}.sandbox",
+                "'sealed', for code that nobody trusts",
+                "'offline' or 'one-shot' where a phase writes",
+                "this version does not yet hide size and end of such a program's outputs from the operator",
+            )
+        )
     streams = sorted(set(wanted.read) & set(contract.stream))
     reasons += [
         Reason(f"phase.{phase}.read", f"stream '{name}'", "a data asset or an output", "this version reads no streams")
@@ -80,9 +88,9 @@ def plan(contract: Contract, phase: str, *, data: Mapping[str, Path], out: Mappi
     ]
     reasons += _compare("--data", set(wanted.read) - set(streams), data, f"phase.{phase}.read")  # 3
     reasons += _compare("--out", set(wanted.write), out, f"phase.{phase}.write")  # 4
-    taken: dict[str, str] = {}
+    taken: dict[Path, str] = {}
     for name, path in [*data.items(), *out.items()]:  # 5
-        other = taken.setdefault(os.path.realpath(path), name)
+        other = taken.setdefault(path, name)
         if other != name:
             reasons.append(Reason(str(path), f"used for '{other}' and '{name}'", "one path for each asset"))
     if reasons:

@@ -121,7 +121,7 @@ def run(
             seconds["run"] = time.perf_counter() - begin
             step.text = f"ran {plan.code} in sandbox '{plan.sandbox}' at {admission.prepared.level}"
         begin = time.perf_counter()
-        outputs = _publish(targets, running, broker, release, report, stops)
+        outputs = _publish(targets, running, broker, release, report, stops, audience)
         seconds["seal"] = time.perf_counter() - begin
         return RunResult(outputs, release.receipt, seconds, keeper.renewals, metrics)
 
@@ -253,10 +253,11 @@ def _publish(
     release: Release,
     report: Report,
     stops: Stops,
+    audience: Audience,
 ) -> dict[str, Written]:
     """Check all outputs, seal all of them, then register and swap in one after the other."""
     for asset in targets:
-        _check_output(running, asset)
+        _check_output(running, asset, audience)
     sealed: dict[str, Sealed] = {}
     for asset, target in targets.items():
         with report.step(f"sealing {asset}") as step, report.bar(f"sealing {asset}") as bar:
@@ -275,8 +276,9 @@ def _publish(
     return outputs
 
 
-def _check_output(running: Running, asset: str) -> None:
-    checked = running.output(asset)  # refuses links, devices and too much, before anything of it is read
+def _check_output(running: Running, asset: str, audience: Audience) -> None:
+    # refuses links, devices and too much, before anything is read; details only for who may hear the program's words
+    checked = running.output(asset, names=audience.logs)
     if not checked.files:
         raise MachineError(
             f"the program wrote nothing to /out/{asset}; nothing was sealed",

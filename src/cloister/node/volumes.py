@@ -41,13 +41,31 @@ class Mounted:
     mounts: Mapping[str, Mount]
 
     def faults(self) -> list[str]:
-        """What failed authentication while it was read, as sentences."""
-        return [f"{asset}: {fault}" for asset, one in self.mounts.items() for fault in one.faults()]
+        """What failed authentication while it was read, as sentences; each record once, however many files share it."""
+        found = (f"{asset}: {fault}" for asset, one in self.mounts.items() for fault in one.faults())
+        return list(dict.fromkeys(found))
+
+
+def isolate() -> None:
+    """Give this process a mount namespace of its own; a process that is not root also enters a user namespace.
+
+    Called before anything secret exists and before threads: entering a user namespace needs a moment in which the
+    process can be dumped.
+
+    Raises:
+        MachineError: (code `no-mount`) namespaces are not permitted here.
+    """
+    if os.geteuid() == 0:
+        private_mount_namespace()
+    else:
+        enter_user_mount_namespace()
 
 
 @contextmanager
 def mounted(paths: Mapping[str, Path], release: Release, report: Report) -> Iterator[Mounted]:
     """Mount the volumes at `paths` (asset -> sealed volume) with the keys of `release` for the length of the block.
+
+    The process has called `isolate`.
 
     Raises:
         TamperedError: a volume is not the one that the broker named (`volume-stale`) or was changed.
@@ -67,7 +85,7 @@ def mounted(paths: Mapping[str, Path], release: Release, report: Report) -> Iter
                 points[asset].mkdir()
                 mounts[asset] = stack.enter_context(mount(volume, points[asset]))
                 size += volume.data_len
-                step.text = f"mounted {asset}, generation {key.generation}, {len(volume.tree) - 1} entries"
+                step.text = f"mounted {asset}, generation {key.generation}"
         if size <= _available_bytes() // PRELOAD_SHARE:
             stack.enter_context(_preloading(list(mounts.values())))
         yield Mounted(points, mounts)
@@ -104,10 +122,6 @@ def _private_root(stack: ExitStack) -> Path:
 
     A folder of our own would outlive `kill -9`; this leaves nothing, however the process ends.
     """
-    if os.geteuid() == 0:
-        private_mount_namespace()
-    else:
-        enter_user_mount_namespace()
     root = next((place for place in _PLACES if place.is_dir()), None)
     if root is None:
         places = " or ".join(map(str, _PLACES))

@@ -6,7 +6,7 @@ says and nothing else. Steps, in this order:
   1 parse    one JSON object with `scores` {label: number} or `label`, at most 64 KiB
   2 labels   every name is one of the labels that were sealed with the model; anything else refuses
   3 form     `label`: the best label; `score`: the best label and its score; `full`: every label and score
-  4 round    scores to `decimals`
+  4 round    scores to `decimals`, if the contract has them; then a score lies between 0 and 1
   5 pad      the encoded answer always has the same size for one contract, whatever it says
 
 Pure functions; nothing is read or written here.
@@ -26,8 +26,11 @@ from cloister.errors import InputError, PeerError
 AnswerForm = Literal["label", "score", "full"]
 
 MAX_LINE_BYTES: Final = 64 * 1024
-MAX_LABELS: Final = 10_000
+MAX_LABELS: Final = 1000
+"""As many as ImageNet's classes: one label-only answer carries at most 10 bits."""
 MAX_LABEL_BYTES: Final = 64
+MAX_LABELS_BYTES: Final = 1 << 18
+"""Largest labels.json, 256 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def read_labels(data: bytes) -> tuple[str, ...]:
     """
     wanted = f"a JSON array of 1 to {MAX_LABELS} distinct strings of at most {MAX_LABEL_BYTES} bytes"
     try:
-        labels = json.loads(data)
+        labels = json.loads(data if len(data) <= MAX_LABELS_BYTES else b"")
     except (ValueError, RecursionError) as error:
         raise InputError(f"labels.json of the model is not JSON; wanted {wanted}") from error
     if (
@@ -112,6 +115,9 @@ def shape(line: bytes, rules: Rules) -> dict[str, Any]:
         number = _number(value)
         if not math.isfinite(number):
             raise PeerError("the model gave a score that is not a finite number", code="protocol")
+        if rules.form != "label" and rules.decimals is not None and not 0 <= number <= 1:
+            # `decimals` bounds what one score can carry only together with a range
+            raise PeerError("the model gave a score outside 0 to 1", code="protocol")
         values[name] = number
     # 3 form, 4 round
     best = max(rules.labels, key=lambda name: values[name])

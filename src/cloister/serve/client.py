@@ -239,7 +239,7 @@ class ServiceClient:
             ),
             # Step 3 proves that the broker saw the signatures: it releases nothing without them.
             State(signed=self._contract.signers),
-            reference_values=dict(self._trust.policy().reference_values),
+            reference_values={"mrtd": self._trust.nodes()},
         )
         reasons = (*confinement(workload, claims), *decision.reasons)
         if reasons:

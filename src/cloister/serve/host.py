@@ -27,7 +27,7 @@ from cloister.node.report import Report
 from cloister.node.run import job_of
 from cloister.node.signals import SIGNALS
 from cloister.node.volumes import Mounted, mounted
-from cloister.serve.answer import Rules, read_labels
+from cloister.serve.answer import MAX_LABELS_BYTES, Rules, read_labels
 from cloister.serve.pool import FRESH, JailedModel, Pool
 from cloister.serve.service import Service, application
 
@@ -50,25 +50,32 @@ def rules_of(answer: Answer, volumes: Mounted) -> Rules:
     """Return how answers are shaped: the contract's `answer` table and the labels sealed with the model.
 
     Raises:
-        InputError: no asset of the phase holds a usable `labels.json`.
+        InputError: no asset of the phase holds a usable `labels.json`, or more than one does.
     """
-    for root in volumes.paths.values():
-        path = root / LABELS
-        if path.is_file():
-            labels = read_labels(path.read_bytes())
-            rules = Rules(answer.form, labels, answer.decimals, answer.pad or 0)
-            if rules.size + 4 > LARGEST_ANSWER:
-                raise InputError(
-                    "answers under this contract are too large",
-                    reasons=[Reason("answer.pad", f"{rules.size} bytes", f"at most {LARGEST_ANSWER - 4} bytes")],
-                    hint="a smaller `pad`, or fewer labels",
-                )
-            return rules
-    raise InputError(
-        "the model says nothing about its labels",
-        reasons=[Reason("model", "no labels.json", "a JSON array of label names beside the weights")],
-        hint="let the training script write labels.json into its output",
-    )
+    having = {asset: root / LABELS for asset, root in volumes.paths.items() if (root / LABELS).is_file()}
+    if not having:
+        raise InputError(
+            "the model says nothing about its labels",
+            reasons=[Reason("model", "no labels.json", "a JSON array of label names beside the weights")],
+            hint="let the training script write labels.json into its output",
+        )
+    if len(having) > 1:
+        # else the owner of one asset could replace the labels of another
+        raise InputError(
+            "two assets of this phase say which labels there are",
+            reasons=[Reason("model", f"labels.json in {' and '.join(having)}", "labels.json in one of them")],
+            hint="keep it beside the weights only",
+        )
+    with next(iter(having.values())).open("rb") as file:
+        labels = read_labels(file.read(MAX_LABELS_BYTES + 1))
+    rules = Rules(answer.form, labels, answer.decimals, answer.pad or 0)
+    if rules.size + 4 > LARGEST_ANSWER:
+        raise InputError(
+            "answers under this contract are too large",
+            reasons=[Reason("answer.pad", f"{rules.size} bytes", f"at most {LARGEST_ANSWER - 4} bytes")],
+            hint="a smaller `pad`, or fewer labels",
+        )
+    return rules
 
 
 def serve(
@@ -124,6 +131,7 @@ def serve(
 
     def lost(error: CloisterError) -> None:
         server.should_exit = True
+        pool.close()  # the model stops now, not when the last question is through
 
     keeper = stack.enter_context(
         LeaseKeeper(

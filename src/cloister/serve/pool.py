@@ -58,6 +58,10 @@ def encode_question(data: bytes) -> bytes:
     return json.dumps({"input": base64.b64encode(data).decode("ascii")}).encode() + b"\n"
 
 
+class _SpoiledError(Exception):
+    """A process that spoke or ended before the question; it has not seen it."""
+
+
 class JailedModel:
     """A running program with pipes. One thread asks at a time (the pool sees to it); any thread may close."""
 
@@ -79,8 +83,8 @@ class JailedModel:
 
     def _exchange(self, rest: memoryview, deadline: float, timeout_s: float) -> bytes:
         said = b""
-        if select.select([self._stdout], [], [], 0)[0] and self._read():
-            raise ModelFaultError("it printed something before it was asked")
+        if select.select([self._stdout], [], [], 0)[0]:
+            raise _SpoiledError("it printed something, or ended, before it was asked")
         while rest or b"\n" not in said:
             left = max(deadline - monotonic(), 0)
             readable, writable, _ = select.select([self._stdout], [self._stdin] if rest else [], [], left)
@@ -148,18 +152,28 @@ class Pool:
             ModelFaultError: the program saw the question, and ended, took too long, or printed something else than one line.
             MachineError: (`workload-failed`, `no-sandbox`, `interrupted`) no program was there to ask.
         """
-        model = self._take()
-        keep = False
-        try:
-            answer = model.ask(encode_question(data), self._timeout_s)
-            keep = not self._fresh
-            return answer
-        finally:
-            if keep:
-                self._put(model)
-            else:
-                # the replacement starts after the answer is on its way, not in front of it
-                threading.Thread(target=self._replace, args=(model,), name="spare", daemon=True).start()
+        deadline = monotonic() + self._timeout_s
+        while True:
+            model = self._take()
+            keep = False
+            try:
+                answer = model.ask(encode_question(data), self._timeout_s)
+                keep = not self._fresh
+                return answer
+            except _SpoiledError as error:
+                # what an earlier question left behind is not this consumer's fault: ask a fresh process
+                if monotonic() >= deadline:
+                    raise MachineError(
+                        f"no process of the model waits for its question: {error}; this question was not counted",
+                        code="workload-failed",
+                        hint="the program must print nothing before it is asked, and must not end",
+                    ) from error
+            finally:
+                if keep:
+                    self._put(model)
+                else:
+                    # the replacement starts after the answer is on its way, not in front of it
+                    threading.Thread(target=self._replace, args=(model,), name="spare", daemon=True).start()
 
     def close(self) -> None:
         """Kill every process; later questions are refused."""

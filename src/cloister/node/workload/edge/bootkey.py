@@ -42,6 +42,16 @@ def boot_key(folders: tuple[Path, ...] | None = None) -> Secret:
     return Secret.random()
 
 
+def in_memory(folder: Path) -> bool:
+    """Whether `folder` (or the nearest folder above it that exists) is on a tmpfs or ramfs."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    descriptor = os.open(there, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _kind(descriptor) in _MEMORY
+    finally:
+        os.close(descriptor)
+
+
 def _check_folder(descriptor: int) -> None:
     """Raise ValueError unless the folder is in memory and nobody else can exchange our files in it."""
     found = os.fstat(descriptor)
