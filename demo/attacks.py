@@ -6,9 +6,10 @@ his own programs: he speaks the broker's protocol and makes his own (soft) evide
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +30,31 @@ if TYPE_CHECKING:
     from demo.job import Job
 
 
-def play(job: Job, file: Path) -> None:
-    """Try everything; a single success ends the story."""
-    kept = job.folder / "cloud" / "first.sealed"
-    shutil.copytree(job.volume("detector"), kept)
-    again = job.train_command(file)
-    with job.party("cloud").beside(*again, show=["run", "… once more, beside what follows: generation 2"]) as trained:
-        flipped_byte(job, file, kept)  # first: it needs the detector to be at generation 1 still
+@contextlib.contextmanager
+def second_generation(job: Job, file: Path) -> Iterator[Callable[[], object]]:
+    """Keep the first model and train again beside what follows; yields a function that waits for generation 2."""
+    shutil.copytree(job.volume("detector"), _first(job))
+    with job.party("cloud").beside(
+        *job.train_command(file), show=["run", "… once more, beside what follows: generation 2, for chapter 6"]
+    ) as trained:
+        yield trained
+
+
+def play(job: Job, file: Path, trained: Callable[[], object]) -> None:
+    """Try everything; a single success ends the story. `trained` waits for `second_generation`."""
+    with missing_signature(job, file) as refused:
         changed_script(job, file)
-        missing_signature(job, file)
         own_programs(job)
-        trained()
-    old_model(job, file, kept)
+        refused()
+    trained()
+    with flipped_byte(job, file) as refused:
+        old_model(job, file)
+        refused()
     operators_view(job)
+
+
+def _first(job: Job) -> Path:
+    return job.folder / "cloud" / "first.sealed"
 
 
 def changed_script(job: Job, file: Path) -> None:
@@ -59,13 +72,17 @@ def changed_script(job: Job, file: Path) -> None:
         job.story.line("    " + line)
 
 
-def missing_signature(job: Job, file: Path) -> None:
-    """A second contract, signed by the vendor alone, about the hospital's data."""
+@contextlib.contextmanager
+def missing_signature(job: Job, file: Path) -> Iterator[Callable[[], None]]:
+    """A second contract, signed by the vendor alone, about the hospital's data; yields a function that waits."""
     other = job.folder / "alone.toml"
     other.write_text(file.read_text().replace(f'contract = "{job.which}"', 'contract = "alone"'))
     job.party("vendor").call("sign", str(other))
-    said = job.party("cloud").run(*job.train_command(other, out=job.folder / "cloud" / "alone.sealed"), status=5)
-    _show(job, "a contract that its data owner never signed", said.data)
+    command = job.train_command(other, out=job.folder / "cloud" / "alone.sealed")
+    with job.party("cloud").beside(
+        *command, status=5, show=["run", "train.py", "--contract", "alone.toml", "…"]
+    ) as ended:
+        yield lambda: _show(job, "a contract that its data owner never signed", ended().data)
 
 
 def own_programs(job: Job) -> None:
@@ -102,28 +119,28 @@ def _replayed(client: BrokerClient, contract: str, tee: SoftTdxAttester) -> Call
     return lambda: client._exchange("POST", "release", body)
 
 
-def flipped_byte(job: Job, file: Path, detector: Path) -> None:
-    """One bit of the sealed scans changes on the cloud's disk."""
-    copy, out = job.folder / "cloud" / "flipped.sealed", job.folder / "cloud" / "flipped-detector.sealed"
+@contextlib.contextmanager
+def flipped_byte(job: Job, file: Path) -> Iterator[Callable[[], None]]:
+    """One bit of the sealed scans changes on the cloud's disk; yields a function that waits for the refusal."""
+    copy, out = job.folder / "cloud" / "flipped.sealed", job.folder / "cloud" / "flipped-out.sealed"
     shutil.copytree(job.volume("scans"), copy)
-    shutil.copytree(detector, out)
+    shutil.copytree(job.volume("detector"), out)
     segment = copy / "data" / "00000000"
     with segment.open("r+b") as data:
         data.seek(70_000)
         byte = data.read(1)[0]
         data.seek(70_000)
         data.write(bytes([byte ^ 1]))
-    said = job.party("cloud").run(
-        *job.train_command(file, scans=copy, out=out), status=1, show=["run", "… with one bit flipped"]
-    )
-    _show(job, "a flipped bit in the sealed scans", said.data)
+    command = job.train_command(file, scans=copy, out=out)
+    with job.party("cloud").beside(*command, status=1, show=["run", "… with one bit flipped"]) as ended:
+        yield lambda: _show(job, "a flipped bit in the sealed scans", ended().data)
 
 
-def old_model(job: Job, file: Path, kept: Path) -> None:
+def old_model(job: Job, file: Path) -> None:
     """The cloud kept the first model when it trained again, and puts it back."""
     place = job.volume("detector")
     shutil.rmtree(place)
-    kept.rename(place)
+    _first(job).rename(place)
     said = job.party("cloud").run(
         "serve", str(job.scripts / "predict.py"), "--contract", str(file), *job.runtime,
         "--data", f"detector={place}", "--", *job.serve_args,

@@ -39,14 +39,14 @@ def write_images(to, images, labels, names, questions, answers):
 
 def xrays(to):
     data = np.load(XRAYS)
-    order = np.random.default_rng(0).permutation(len(data["test_images"]))[:QUESTIONS]
+    order = np.random.default_rng(0).permutation(len(data["val_images"]))[:QUESTIONS]
     return write_images(
         to,
         data["train_images"],
         data["train_labels"].ravel(),
         ["normal", "pneumonia"],
-        data["test_images"][order],
-        data["test_labels"].ravel()[order],
+        data["val_images"][order],
+        data["val_labels"].ravel()[order],
     )
 
 

@@ -1,7 +1,7 @@
 """Answer questions about images: one JSON object a line on stdin, one a line on stdout.
 
-    python predict.py --model model
-    {"input": "<base64 of a PNG>"}  ->  {"scores": {"normal": 0.02, "pneumonia": 0.98}}
+python predict.py --model model
+{"input": "<base64 of a PNG>"}  ->  {"scores": {"normal": 0.02, "pneumonia": 0.98}}
 """
 
 import argparse
@@ -11,11 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from train import build_model
+from train import build_model, read_pixels
 
 
 def main():
@@ -30,8 +29,7 @@ def main():
         model(torch.zeros(1, 1, 28, 28))  # warm up
         for line in sys.stdin:
             image = Image.open(io.BytesIO(base64.b64decode(json.loads(line)["input"])))
-            pixels = torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32) / 255.0)
-            scores = model(pixels[None, None]).softmax(1)[0].tolist()
+            scores = model(read_pixels(image)[None]).softmax(1)[0].tolist()
             print(json.dumps({"scores": dict(zip(labels, scores, strict=True))}), flush=True)
 
 

@@ -1,7 +1,7 @@
 """Answer questions about records: one JSON object a line on stdin, one a line on stdout.
 
-    python predict.py --model model
-    {"input": "<base64 of a JSON object {column: value}>"}  ->  {"scores": {"benign": 0.9, "malignant": 0.1}}
+python predict.py --model model
+{"input": "<base64 of a JSON object {column: value}>"}  ->  {"scores": {"benign": 0.9, "malignant": 0.1}}
 """
 
 import argparse

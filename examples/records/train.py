@@ -1,6 +1,6 @@
 """Train a small network on a table: DIR/records.csv with a `label` column -> model.safetensors.
 
-    python train.py --data records --out model
+python train.py --data records --out model
 """
 
 import argparse
@@ -24,7 +24,9 @@ def read_table(path):
 
 
 def build_model(columns, classes):
-    return nn.Sequential(nn.BatchNorm1d(columns, affine=False), nn.Linear(columns, 32), nn.ReLU(), nn.Linear(32, classes))
+    return nn.Sequential(
+        nn.BatchNorm1d(columns, affine=False), nn.Linear(columns, 32), nn.ReLU(), nn.Linear(32, classes)
+    )
 
 
 def main():
@@ -50,7 +52,9 @@ def main():
             optimizer.step()
             correct += (logits.argmax(1) == targets[batch]).sum().item()
         if epoch % 10 == 0:
-            print(f"epoch {epoch}/{args.epochs} loss {loss.item():.4f} accuracy {correct / len(values):.4f}", flush=True)
+            print(
+                f"epoch {epoch}/{args.epochs} loss {loss.item():.4f} accuracy {correct / len(values):.4f}", flush=True
+            )
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
