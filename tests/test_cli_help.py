@@ -65,7 +65,15 @@ def test_every_option_says_what_it_does(name: str) -> None:
 
 
 def test_what_every_verb_has() -> None:
-    assert [one.opts[0] for one in common()] == ["--home", "--key", "--broker", "--insecure-soft-tee", "--trust-broker", "--trust-node", "--json"]
+    assert [one.opts[0] for one in common()] == [
+        "--home",
+        "--key",
+        "--broker",
+        "--insecure-soft-tee",
+        "--trust-broker",
+        "--trust-node",
+        "--json",
+    ]
 
 
 def test_the_list_of_verbs_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
