@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -142,7 +143,7 @@ class Job:
             as_json=False,
             show=["measure", "train.py", "(the inventory)"],
         )
-        for line in shown.err.splitlines()[:14]:
+        for line in _excerpt(shown.err.splitlines()):
             self.story.line("    " + line)
         return digests
 
@@ -343,6 +344,17 @@ class Job:
             "\n  Evidence here comes from a soft TEE under a published test root: it protects nothing.\n"
             '  A contract that says accept = ["tdx"] takes hardware evidence only, judged by the same verifier.'
         )
+
+
+def _excerpt(inventory: list[str], most: int = 4) -> Iterator[str]:
+    """The head of an inventory and the first lines of each of its sections."""
+    inside = 0
+    for line in inventory:
+        inside = inside + 1 if line.startswith("  ") else 0
+        if inside <= most and line:
+            yield line
+        elif inside == most + 1:
+            yield "  …"
 
 
 def _reason(error: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def orders(*argv: str, **changes: object) -> Orders:
         argv=argv,
         environment={"GREETING": "hello world"},
         streams=(None, None, None),
-        status_fd=40,
+        status_fd=500,
         rlimits=((4, 0), (7, 64)),
         landlock=None,
         seccomp=None,
@@ -37,7 +37,7 @@ def orders(*argv: str, **changes: object) -> Orders:
 
 
 def run(one: Orders, arch: Arch, tmp_path: Path) -> tuple[int, bytes, str]:
-    """Run the program with the status pipe as descriptor 40 and a pipe for output as 41."""
+    """Run the program with the status pipe as descriptor 500 and a pipe for output as 501."""
     if arch != HERE and not (arch == "aarch64" and EMULATOR):
         pytest.skip(f"no way to run {arch} programs here")
     program = shim.build(one, arch)
@@ -46,16 +46,16 @@ def run(one: Orders, arch: Arch, tmp_path: Path) -> tuple[int, bytes, str]:
     path.chmod(0o755)
     status_read, status_write = os.pipe()
     out_read, out_write = os.pipe()
-    os.dup2(status_write, 40)
-    os.dup2(out_write, 41)
+    os.dup2(status_write, 500)
+    os.dup2(out_write, 501)
     os.close(status_write)
     os.close(out_write)
     command = [str(path)] if arch == HERE else [EMULATOR, str(path)]
     try:
-        done = subprocess.run(command, pass_fds=(40, 41), timeout=60, check=False)
+        done = subprocess.run(command, pass_fds=(500, 501), timeout=60, check=False)
     finally:
-        os.close(40)
-        os.close(41)
+        os.close(500)
+        os.close(501)
     with os.fdopen(status_read, "rb") as status, os.fdopen(out_read, "rb") as out:
         return done.returncode, status.read(), out.read().decode()
 
@@ -69,7 +69,7 @@ def failure(report: bytes, one: Orders, arch: Arch) -> tuple[str, int]:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_program_starts_with_declared_environment_and_limits(arch: Arch, tmp_path: Path) -> None:
     script = "echo $GREETING; ulimit -n; ulimit -c; umask; cat /proc/self/coredump_filter; echo /proc/self/fd/*"
-    one = orders("/bin/sh", "-c", script, streams=(None, 41, 41), coredump_filter=arch == HERE)
+    one = orders("/bin/sh", "-c", script, streams=(None, 501, 501), coredump_filter=arch == HERE)
     code, status, text = run(one, arch, tmp_path)
     assert code == 0
     assert status == shim.READY
@@ -94,7 +94,7 @@ def test_a_failing_layer_stops_everything(arch: Arch, tmp_path: Path) -> None:
     """A filter that the kernel refuses (an unknown instruction): the program must not run without it."""
     if arch != HERE:
         pytest.skip("an emulator does not install filters")
-    one = orders("/bin/sh", "-c", "echo escaped >&41", streams=(None, 41, 41), seccomp=bytes([0xFF] * 8))
+    one = orders("/bin/sh", "-c", "echo escaped >&501", streams=(None, 501, 501), seccomp=bytes([0xFF] * 8))
     code, status, text = run(one, arch, tmp_path)
     assert (code, text) == (shim.FAILED, "")
     assert failure(status, one, arch) == ("install the seccomp filter", 22)
@@ -102,7 +102,7 @@ def test_a_failing_layer_stops_everything(arch: Arch, tmp_path: Path) -> None:
 
 def test_a_missing_landlock_path_stops_everything(tmp_path: Path) -> None:
     rules = Ruleset(ruleset(1, (), network=False).attributes, (("/does/not/exist", READ),))
-    one = orders("/bin/sh", "-c", "echo escaped", streams=(None, 41, 41), landlock=rules)
+    one = orders("/bin/sh", "-c", "echo escaped", streams=(None, 501, 501), landlock=rules)
     code, status, text = run(one, HERE, tmp_path)  # type: ignore[arg-type]
     assert (code, text) == (shim.FAILED, "")
     assert failure(status, one, HERE) == ("open /does/not/exist for Landlock", 2)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_landlock_and_seccomp_hold_after_exec(tmp_path: Path) -> None:
         "/bin/sh",
         "-c",
         script,
-        streams=(None, 41, 41),
+        streams=(None, 501, 501),
         landlock=rules,
         seccomp=seccomp.compile(profile("sealed"), HERE),
     )

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -96,3 +98,28 @@ def test_root_cannot_read_a_secret_through_proc_mem() -> None:
         with pytest.raises(OSError, match="error"):
             memory.read(4096)
     assert secret.reveal() == b"S" * 32
+
+
+def test_a_hardened_process_dumps_nothing_and_locks_its_pages() -> None:
+    program = (
+        "import resource, ctypes\n"
+        "from cloister.crypto.memory import harden_process\n"
+        "got = harden_process()\n"
+        "assert harden_process() == got\n"
+        "status = open('/proc/self/status').read()\n"
+        "locked = int(status.split('VmLck:')[1].split()[0])\n"
+        "print(got.core_dumps_off, resource.getrlimit(resource.RLIMIT_CORE)[1], got.pages_locked == (locked > 0),\n"
+        "      ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0", "True", "0"]
+
+
+def test_a_secret_collected_in_the_middle_of_put_does_not_wait_for_its_own_lock() -> None:
+    """The garbage collector may run `__del__` while this thread holds the arena's lock: that must not hang."""
+    slot = ARENA.put(b"x" * 32)
+    with ARENA._lock:
+        ARENA.wipe(slot, 32)
+        assert ARENA.get(slot, 32) == b"x" * 32
+    Secret(b"next")
+    assert ARENA.get(slot, 32) != b"x" * 32

@@ -105,7 +105,7 @@ def enter(
         level=options.level,
         expected=expected,
     )
-    # From here on there are secrets: first the place where only this process and its jail can see them.
+    # From here on there are secrets.
     isolate()
     harden_process()
     return chosen, admit(chosen, prepared, broker, you.ui), broker

@@ -19,6 +19,7 @@ import mmap
 import os
 import resource
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,6 +60,7 @@ class SecretArena:
         self._free: dict[int, list[tuple[int, int]]] = {}
         self._used = _ARENA_BYTES
         self._spare: list[mmap.mmap] = []
+        self._dropped: deque[tuple[tuple[int, int], int]] = deque()
         self.kind = "none yet"
         os.register_at_fork(
             before=self._before_fork, after_in_parent=self._after_parent, after_in_child=self._after_child
@@ -70,6 +72,7 @@ class SecretArena:
             raise ValueError(f"a secret of {len(value)} bytes, at most {_ARENA_BYTES}")
         size = self._room(len(value))
         with self._lock:
+            self._overwrite_dropped()
             free = self._free.get(size)
             if free:
                 index, offset = free.pop()
@@ -81,6 +84,7 @@ class SecretArena:
                 index, offset = len(self._maps) - 1, self._used
                 self._used += size
             self._maps[index][offset : offset + len(value)] = value
+        self._try_overwrite()
         return index, offset
 
     def get(self, slot: tuple[int, int], size: int) -> bytes:
@@ -88,11 +92,27 @@ class SecretArena:
         return self._maps[index][offset : offset + size]
 
     def wipe(self, slot: tuple[int, int], size: int) -> None:
-        """Overwrite the slot with zeros and make it free."""
-        index, offset = slot
-        with self._lock:
+        """Overwrite the slot with zeros and make it free.
+
+        Called from `__del__`, so perhaps by the garbage collector in the middle of `put` of the same thread: it never waits
+        for the lock. Whoever holds the lock then overwrites before he returns.
+        """
+        self._dropped.append((slot, size))
+        self._try_overwrite()
+
+    def _try_overwrite(self) -> None:
+        while self._dropped and self._lock.acquire(blocking=False):
+            try:
+                self._overwrite_dropped()
+            finally:
+                self._lock.release()
+
+    def _overwrite_dropped(self) -> None:
+        """Holds the lock."""
+        while self._dropped:
+            (index, offset), size = self._dropped.popleft()
             self._maps[index][offset : offset + size] = bytes(size)
-            self._free.setdefault(self._room(size), []).append(slot)
+            self._free.setdefault(self._room(size), []).append((index, offset))
 
     def _room(self, size: int) -> int:
         return max(1, -(-size // self._GRAIN)) * self._GRAIN
@@ -111,10 +131,12 @@ class SecretArena:
             copy.close()  # the pages belong to the child now; wiping them here would wipe its keys
         self._spare = []
         self._lock.release()
+        self._try_overwrite()
 
     def _after_child(self) -> None:
         self._maps, self._spare = self._spare, []
         self._lock.release()
+        self._try_overwrite()
 
 
 ARENA: Final = SecretArena()

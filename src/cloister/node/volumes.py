@@ -47,17 +47,15 @@ class Mounted:
 
 
 def isolate() -> None:
-    """Give this process a mount namespace of its own; a process that is not root also enters a user namespace.
+    """Enter a user namespace, if this process is not root and so needs one to mount.
 
-    Called before anything secret exists and before threads: entering a user namespace needs a moment in which the
-    process can be dumped.
+    Called before anything secret exists and before threads: entering it needs a moment in which the process can be dumped.
+    Root gets its mount namespace when it mounts.
 
     Raises:
         MachineError: (code `no-mount`) namespaces are not permitted here.
     """
-    if os.geteuid() == 0:
-        private_mount_namespace()
-    else:
+    if os.geteuid() != 0:
         enter_user_mount_namespace()
 
 
@@ -122,6 +120,7 @@ def _private_root(stack: ExitStack) -> Path:
 
     A folder of our own would outlive `kill -9`; this leaves nothing, however the process ends.
     """
+    private_mount_namespace()  # as root, be it of a user namespace
     root = next((place for place in _PLACES if place.is_dir()), None)
     if root is None:
         places = " or ".join(map(str, _PLACES))
