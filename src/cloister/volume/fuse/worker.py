@@ -80,7 +80,7 @@ def supervise(post: Post, server_for: Callable[[Callable[[Fault], None]], Server
         return _stop(post, ())
 
     server = server_for(lambda fault: _send(post.reports, {"fault": asdict(fault)}))
-    crew = {_start(post, server, number): number for number in range(post.workers)}
+    crew = {_start(post, server, number, keep): number for number in range(post.workers)}
     tokens, last = float(RESTARTS.burst), time.monotonic()
     while crew:
         poll = select.poll()
@@ -106,12 +106,12 @@ def supervise(post: Post, server_for: Callable[[Callable[[Fault], None]], Server
             if not restart:
                 return 1
             tokens -= 1
-            crew[_start(post, server, number)] = number
+            crew[_start(post, server, number, keep)] = number
             os.write(post.device, p.resend_notice())
     return 0
 
 
-def _start(post: Post, server: Server, number: int) -> int:
+def _start(post: Post, server: Server, number: int, keep: Collection[int]) -> int:
     """Fork one worker; the first reads the supervisor's descriptor, each other one a clone of it."""
     supervisor = os.getpid()
     pid = os.fork()
@@ -121,6 +121,8 @@ def _start(post: Post, server: Server, number: int) -> int:
     try:
         linux.die_with_parent(supervisor)
         linux.name_process(b"cloister-fuse")
+        # again: libraries of the mounting process may open descriptors in every child (libuv makes itself a pipe)
+        linux.close_other_fds({0, 1, 2, post.device, post.reports, *keep})
         device = post.device
         if number:
             device = os.open(post.device_path, os.O_RDWR | os.O_CLOEXEC)
