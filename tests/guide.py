@@ -56,6 +56,7 @@ def normal(text: str) -> str:
         (r"\+[0-9a-f]{8}\+[\w+/=]+", "+KEY"),
         (r"^(software|known answers|platform|sandbox|mount|memory|ssh-keygen) +(ok|note|missing).*$", r"\1 \2"),
         (r"(CPython|Python) [\d.]+", r"\1 N"),
+        (r"\b\d+ modules compiled", "N modules compiled"),
         (r"[ \t]+", " "),
     ):
         text = re.sub(pattern, word, text, flags=re.MULTILINE)

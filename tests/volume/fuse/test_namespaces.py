@@ -137,6 +137,8 @@ def test_mount_as_an_ordinary_user(shared_dir: Path) -> None:
 @pytest.mark.root
 def test_an_ordinary_user_without_a_namespace_is_told_which_door_to_take(shared_dir: Path) -> None:
     need_fuse()
+    if os.statvfs(shared_dir).f_flag & os.ST_NODEV:
+        pytest.skip("device nodes do not work in the folder of this test: it is mounted nodev")
     device = shared_dir / "fuse"
     os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(10, 229))
     device.chmod(0o666)
