@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -115,7 +116,7 @@ class Field(Protocol):
     def check(self, value: Any, where: str) -> None: ...
 
 
-class _Plain:
+class _Plain(ABC):
     """Fields whose Python value is what CBOR carries."""
 
     __slots__ = ()
@@ -123,8 +124,8 @@ class _Plain:
     def dump(self, value: Any) -> Any:
         return value
 
-    def load(self, value: Any, where: str) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def load(self, value: Any, where: str) -> Any: ...
 
     def check(self, value: Any, where: str) -> None:
         self.load(value, where)
