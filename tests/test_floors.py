@@ -84,6 +84,10 @@ STANDARD: Final = {
 }  # fmt: skip
 """Modules of the standard library that touch no file, socket, clock, process or randomness."""
 LIBRARIES: Final = {
+    "asn1crypto": "DER structures from and to bytes",
+    "lxml": "XML from bytes, without entities, network or files",
+    "sevsnpmeasure": "launch digests of SEV-SNP guests from bytes",
+    "signxml": "XML signatures; the verification time is its argument",
     "blake3": "a hash",
     "cryptography": "the primitives; keys are made in edges, and HPKE's own randomness is inside `cloister.crypto.hpke`",
     "dcap_qvl": "the quote verifier: root, collateral and time are its arguments",

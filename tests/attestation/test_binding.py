@@ -54,7 +54,7 @@ def test_known_answer() -> None:
 def test_evidence_for_one_use_is_refused_for_another(change: dict[str, Any]) -> None:
     claims = soft_claims()
     assert check_binding(claims, binding()) == ()
-    (reason,) = check_binding(claims, binding(**change))
+    *_, reason = check_binding(claims, binding(**change))
     assert reason.where == "binding.report_data"
     assert reason.found == claims.report_data.hex()
     assert binding(**change).report_data().hex() in reason.wanted

@@ -21,7 +21,7 @@ from joserfc.jwk import OctKey, OKPKey
 from cloister.attestation import ear
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import check_binding
-from cloister.attestation.types import Claims
+from cloister.attestation.types import Claims, LogRule, Software
 from cloister.testkit.softtee import NOW, binding, soft_claims, soft_policy
 from tests.attestation.helpers import refusal
 
@@ -226,6 +226,17 @@ def test_the_policy_id_changes_with_every_field() -> None:
         {"tcb_statuses": frozenset({"UpToDate"})},
         {"deny_advisories": frozenset({"INTEL-SA-1"})},
         {"reference_values": {"mrtd": frozenset({bytes(48)})}},
+        {
+            "software": (
+                Software("a", measurements={"mrtd": frozenset({bytes(48)})}, log=(LogRule(1, frozenset({b"d"})),)),
+            )
+        },
+        {"min_svn": {"sev-snp": {"snp": 22}}},
+        {"require": {"sev-snp": {"smt": False}}},
+        {"max_tcb_age": timedelta(days=180)},
+        {"platform_allow": frozenset({("ppid", "aa")})},
+        {"platform_deny": frozenset({("ppid", "aa")})},
+        {"require_attested_boot": True},
     ]
     assert {next(iter(change)) for change in changes} == set(REAL_POLICY.__dataclass_fields__)
     ids = {ear.policy_id(replace(REAL_POLICY, **change)) for change in changes}

@@ -102,7 +102,21 @@ def test_the_base_of_the_faults_below_is_good() -> None:
         _wire(events=[[3, "n\x1b[2J", bytes(48), b""]]),
         _wire(events=[[3, "n", bytes(47), b""]]),
         _wire(events=[[3, "n", bytes(48), bytes(64 * 1024 + 1)]]),
-        _wire(quote=bytes(64 * 1024), events=[[3, "n", bytes(48), bytes(64 * 1024)]] * 4),
+        _wire(parts={"a": bytes(4 << 20), "b": bytes(4 << 20)}),
+        _wire(parts={}),
+        _wire(parts={"A": b""}),
+        _wire(parts={"a": "text"}),
+        _wire(parts={"a": bytes((4 << 20) + 1)}),
+        _wire(parts={f"a{i}": b"" for i in range(17)}),
+        _wire(devices=[]),
+        _wire(devices=[1]),
+        _wire(
+            devices=[
+                {"kind": "tpm", "quote": b"q", "events": [], "devices": [{"kind": "tpm", "quote": b"q", "events": []}]}
+            ]
+        ),
+        _wire(devices=[{"kind": "tpm", "quote": b"q", "events": []}] * 17),
+        _wire(devices=[{"kind": "tpm", "quote": b"", "events": []}]),
         bytes([0xA3, 0x64]) + b"kind" + b"\x63tdx" * 3,
         b"\x81" * 1000,  # nesting bomb
         b"\x9b\xff\xff\xff\xff\xff\xff\xff\xff",  # an array of 2^64 - 1 elements
@@ -118,6 +132,5 @@ def test_each_fault_is_malformed(data: bytes) -> None:
 def test_evidence_that_no_verifier_would_take_is_not_sent() -> None:
     with pytest.raises(ValueError, match="quote"):
         wire.encode(Evidence("tdx", b""))
-    big = event("n", bytes(64 * 1024))
     with pytest.raises(ValueError, match="at most"):
-        wire.encode(Evidence("tdx", b"q", (big,) * 4))
+        wire.encode(Evidence("tdx", b"q", parts={"a": bytes(4 << 20), "b": bytes(4 << 20)}))

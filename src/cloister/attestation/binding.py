@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
-from cloister.attestation.types import Claims
+from cloister.attestation import evidence as evidence_format
+from cloister.attestation.events import fold
+from cloister.attestation.types import Claims, Evidence
 from cloister.crypto.canonical import cbor_encode
 from cloister.errors import Reason
 
@@ -69,6 +71,14 @@ class Binding:
         if any(len(device) != 32 for device in self.devices):
             raise ValueError("every device is named by a SHA-256 digest of 32 bytes")
 
+    def over(self, devices: tuple[Evidence, ...]) -> Binding:
+        """Return this binding with the evidence of `devices` in it: what the CPU's evidence is bound to."""
+        return replace(self, devices=tuple(hashlib.sha256(evidence_format.encode(each)).digest() for each in devices))
+
+    def for_devices(self) -> Binding:
+        """Return the binding that devices attest: the same without their own evidence, which does not exist yet."""
+        return replace(self, devices=())
+
     def encode(self) -> bytes:
         return TAG + cbor_encode(
             {
@@ -93,20 +103,42 @@ class Binding:
 
 
 def check_binding(claims: Claims, binding: Binding) -> tuple[Reason, ...]:
-    """Return a reason if `claims` are not bound to `binding`; empty means bound.
+    """Return why `claims` are not bound to `binding`; empty means bound.
 
-    64 bytes of report data are compared with `report_data()`, 32 with `qualifying_data()`; any other length refuses.
+    64 bytes of report data are compared with `report_data()` (folded with the log where the hardware has no register for
+    it), 32 with `qualifying_data()`; any other length refuses. Each device must be bound to `for_devices()`, and `binding`
+    must be `over` exactly the evidence of the devices in `claims`: the caller, who has the evidence, makes it so.
     """
-    wanted = binding.qualifying_data() if len(claims.report_data) == 32 else binding.report_data()
-    if hmac.compare_digest(claims.report_data, wanted):
-        return ()
-    return (
-        Reason(
-            "binding.report_data",
-            found=claims.report_data.hex() or "nothing",
-            wanted=f"{wanted.hex()} (purpose {binding.purpose})",
-            hint="the evidence was made for another nonce, key, peer, contract, phase or request: attest again",
-        ),
+    reasons = []
+    if len(claims.devices) != len(binding.devices):
+        found, wanted = f"{len(claims.devices)} devices", f"{len(binding.devices)} devices in the binding"
+        reasons.append(Reason("binding.devices", found, wanted, "a device was added or taken away"))
+    wanted_data = _wanted(claims, binding)
+    if not hmac.compare_digest(claims.report_data, wanted_data):
+        reasons.append(_unbound("binding.report_data", claims, wanted_data, binding))
+    inner = binding.for_devices()
+    for index, device in enumerate(claims.devices):
+        wanted_data = _wanted(device, inner)
+        if not hmac.compare_digest(device.report_data, wanted_data):
+            reasons.append(_unbound(f"binding.devices.{index}", device, wanted_data, inner))
+    return tuple(reasons)
+
+
+def _wanted(claims: Claims, binding: Binding) -> bytes:
+    if len(claims.report_data) == 32:
+        # 32 bytes have no room for the log, so it must be in a register; what is left without one is never bound
+        return binding.qualifying_data() if claims.log_in == "register" or not claims.events else b""
+    if claims.log_in == "report-data":
+        return fold(binding.report_data(), claims.events)
+    return binding.report_data()
+
+
+def _unbound(where: str, claims: Claims, wanted: bytes, binding: Binding) -> Reason:
+    return Reason(
+        where,
+        found=claims.report_data.hex() or "nothing",
+        wanted=f"{wanted.hex() or 'evidence that vouches for its log'} (purpose {binding.purpose})",
+        hint="the evidence was made for another nonce, key, peer, contract, phase or request: attest again",
     )
 
 

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -94,20 +94,22 @@ class Result:
 
 def policy_id(policy: Policy) -> str:
     """Return the name of `policy`: `sha256:` and 64 hex digits over the canonical CBOR of all its fields."""
-    fields = {
-        "where": policy.where,
-        "kind": policy.kind,
-        "accept": sorted(policy.accept),
-        "min_tcb": list(policy.min_tcb) if policy.min_tcb is not None else None,
-        "debug": policy.debug,
-        "gpu": policy.gpu,
-        "boot": sorted(policy.boot),
-        "scheme": policy.scheme,
-        "tcb_statuses": sorted(policy.tcb_statuses),
-        "deny_advisories": sorted(policy.deny_advisories),
-        "reference_values": {name: sorted(values) for name, values in policy.reference_values.items()},
-    }
-    return "sha256:" + hashlib.sha256(b"cloister/policy/1\x00" + cbor_encode(fields)).hexdigest()
+    return "sha256:" + hashlib.sha256(b"cloister/policy/2\x00" + cbor_encode(_plain(policy))).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as CBOR can carry it; sets in one order, so that equal policies have one encoding."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, frozenset):
+        return sorted((_plain(each) for each in value), key=cbor_encode)
+    if isinstance(value, (tuple, list)):
+        return [_plain(each) for each in value]
+    if isinstance(value, timedelta):
+        return value // timedelta(microseconds=1)
+    return value
 
 
 def issue(

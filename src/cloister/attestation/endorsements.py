@@ -18,9 +18,21 @@ class Endorsement:
     kind: str
     """Kind of evidence it is for, such as `tdx`."""
     subject: str
-    """Which machines: FMSPC in upper-case hex for TDX."""
+    """Which machines or which statement; each kind says in its `verify.py` what it looks for:
+
+    | kind | subject | data |
+    | --- | --- | --- |
+    | `tdx`, `sgx` | FMSPC, upper-case hex | JSON of dcap-qvl's quote collateral v3 (TCB info of that TEE) |
+    | `sev-snp` | `<Product>/vcek` or `<Product>/vlek` (`Milan/vcek`) | PEM: ASK or ASVK, then ARK |
+    | `sev-snp` | `<Product>/crl` | DER revocation list of the ARK |
+    | `sev-snp` | `vcek/<chip id hex>/<reported TCB hex>`, `vlek/<csp id>` | DER leaf certificate |
+    | `nvidia-gpu` | RIM id (`NV_GPU_DRIVER_GH100_550.90.07`) | the vendor's signed RIM, XML |
+    | `nvidia-gpu` | `ocsp/<serial of the certificate, hex>` | DER OCSP response |
+    | `tpm` | `ak/<name of the AK, hex>` | what the relying party noted when it enrolled the AK: `tpm/enrol.py` |
+    | `tpm` | `ca/<SHA-256 of the certificate, hex>` | DER intermediate certificate of an EK or AK chain |
+    """
     data: bytes
-    """In the vendor's format; for TDX the JSON object that dcap-qvl calls quote collateral v3."""
+    """In the vendor's format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +64,11 @@ class Endorsements:
                 Reason(where, f"collateral for {have}", subject, f"fetch the vendor's {kind} collateral for {subject}")
             ],
         )
+
+    def get(self, kind: str, subject: str) -> bytes | None:
+        """Return the collateral, or None: for what may also come with the evidence."""
+        return next((item.data for item in self.items if item.kind == kind and item.subject == subject), None)
+
+    def all(self, kind: str, prefix: str) -> tuple[bytes, ...]:
+        """Return all collateral for `kind` whose subject begins with `prefix`."""
+        return tuple(item.data for item in self.items if item.kind == kind and item.subject.startswith(prefix))

@@ -16,13 +16,16 @@ import hmac
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from cloister.attestation.types import Claims, Event
 from cloister.crypto.canonical import cbor_decode, cbor_encode
 from cloister.errors import EvidenceError, Reason
 
+Algorithm = Literal["sha384", "sha256"]
+
 RUNTIME_REGISTER: Final = 3
+"""In every log, whatever the platform calls its register: RTMR 3, NSM PCR 16, TPM PCR 15, or none (`fold`)."""
 REGISTER_BYTES: Final = 48
 INITIAL: Final = bytes(REGISTER_BYTES)
 
@@ -84,16 +87,43 @@ def extend(value: bytes, digest: bytes) -> bytes:
     return hashlib.sha384(value + digest).digest()
 
 
-def replay(events: Iterable[Event]) -> bytes:
-    """Return the register that `events` lead to, from 48 zero bytes."""
+def replay(events: Iterable[Event], algorithm: Algorithm = "sha384") -> bytes:
+    """Return the register that `events` lead to, from zero bytes.
+
+    A SHA-256 register (TPM) is extended with SHA-256(data) instead of `digest`; the first steps of `check_log` are the same.
+    """
+    if algorithm == "sha256":
+        value = bytes(32)
+        for entry in events:
+            value = hashlib.sha256(value + hashlib.sha256(entry.data).digest()).digest()
+        return value
     value = INITIAL
     for entry in events:
         value = extend(value, entry.digest)
     return value
 
 
-def check_log(events: tuple[Event, ...], register: bytes, *, where: str) -> None:
-    """Prove that `events` explain the signed `register` exactly.
+_FOLD: Final = b"cloister/report-data-with-log/1\x00"
+
+
+def fold(report_data: bytes, events: Iterable[Event]) -> bytes:
+    """Return the 64 bytes that hardware without a runtime register signs instead of `report_data` (64 bytes).
+
+    SHA-512(tag || replay(events), 48 bytes || report_data). The launch measurement covers the software that keeps the log, and
+    this covers the log; unlike a register, that software could rewrite it (docs/attestation.md).
+
+    Raises:
+        ValueError: `report_data` is not 64 bytes.
+    """
+    if len(report_data) != 64:
+        raise ValueError(f"report data of {len(report_data)} bytes, wanted 64")
+    return hashlib.sha512(_FOLD + replay(events) + report_data).digest()
+
+
+def check_log(
+    events: tuple[Event, ...], register: bytes | None, *, where: str, algorithm: Algorithm = "sha384"
+) -> None:
+    """Prove that `events` explain the signed `register` exactly; None: there is no register, and `fold` binds the log.
 
     Raises:
         EvidenceError: `evidence-not-authentic` with all violations; `where` prefixes them.
@@ -117,7 +147,7 @@ def check_log(events: tuple[Event, ...], register: bytes, *, where: str) -> None
     # (3) exactly: a missing, added or reordered event gives another value
     if any(len(entry.digest) != REGISTER_BYTES for entry in events):
         reasons.append(Reason(where, "an event digest of another size", f"{REGISTER_BYTES} bytes"))
-    elif (value := replay(events)) != register:
+    elif register is not None and (value := replay(events, algorithm)) != register:
         reasons.append(
             Reason(
                 f"{where}.replay",

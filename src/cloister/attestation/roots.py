@@ -8,7 +8,9 @@ it: the TEE type becomes `soft-<type>`, which a policy accepts only by the word 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from cloister.errors import EvidenceError, Reason
 
@@ -19,6 +21,9 @@ class Roots:
 
     soft: bool = False
     """Believe the published test roots too. Tests, demonstrations and CI set it; nothing is protected then."""
+    also: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
+    """Kind of evidence -> SHA-256 (lower-case hex) of further DER roots that the relying party believes: TPM vendors have no
+    common root, and clouds have their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ def choose(kind: str, root_der: bytes, pins: Pins, roots: Roots, *, where: str) 
         EvidenceError: `evidence-not-authentic`: the root is not pinned, or is a test root and `roots.soft` is not set.
     """
     digest = hashlib.sha256(root_der).hexdigest()
-    if digest in pins.vendor:
+    if digest in pins.vendor or digest in roots.also.get(kind, frozenset()):
         return kind
     if digest in pins.soft:
         if roots.soft:
@@ -47,5 +52,5 @@ def choose(kind: str, root_der: bytes, pins: Pins, roots: Roots, *, where: str) 
     raise EvidenceError(
         "the evidence was not signed under the hardware vendor's root",
         code="evidence-not-authentic",
-        reasons=[Reason(where, found, " or ".join(sorted(pins.vendor)), hint)],
+        reasons=[Reason(where, found, " or ".join(sorted(pins.vendor)) or "a root that the relying party pins", hint)],
     )

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime, timedelta
 from types import MappingProxyType
-from typing import Literal
+from typing import Final, Literal
 
 PlaceKind = Literal["tee", "attested-host", "he"]
+ClaimsKind = Literal["tee", "attested-host", "he", "device"]
+"""What evidence can be of: a place, or a device that is part of one (GPU, switch, TPM beside a TEE)."""
+
+NOT_RATED: Final = "NotRated"
+"""`tcb_status` of hardware whose vendor publishes no TCB levels; security version numbers are judged instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,38 +40,79 @@ class Evidence:
 
     kind: str
     quote: bytes
+    """What the hardware signed, in the vendor's form."""
     events: tuple[Event, ...] = ()
+    """What the measured software recorded after launch (workload, configuration)."""
+    parts: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
+    """What else explains the quote: certificates, PCR values, boot and IMA logs. Each kind lists its names; another name
+    is malformed. Never believed by itself: a part counts only where a signature or a replay ends at it."""
+    devices: tuple[Evidence, ...] = ()
+    """Evidence of devices of the same machine, each over the 32-byte form of the same binding; one level deep."""
+
+
+@dataclass(frozen=True, slots=True)
+class BootEvent:
+    """One entry of a firmware event log (TCG2, CCEL) or of IMA, after its replay gave the signed register.
+
+    `digest` is what extended `register`. `data` is None where it does not hash to `digest`: most firmware logs data that it
+    did not measure, and a reader must not see it.
+    """
+
+    register: int
+    type: str
+    """TCG name, such as `EV_EFI_VARIABLE_AUTHORITY`, or `ima`."""
+    digest: bytes
+    data: bytes | None = None
+    label: str = ""
+    """For people only (a path, a variable's name): not authenticated unless `data` is not None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
     """What a verifier found authentic. Absent knowledge is the refusing value (debug True, status empty)."""
 
-    kind: PlaceKind
+    kind: ClaimsKind
     tee: str
-    """`tdx`, `sev-snp`, `sgx`, `nitro`, or `soft-tdx` when the root is a published test root."""
+    """`tdx`, `sgx`, `sev-snp`, `nitro`, `tpm`, `nvidia-gpu`, ..., or `soft-tdx` when the root is a published test root."""
     debug: bool = True
     tcb_status: str = ""
-    """Vendor's word, such as `UpToDate` or `OutOfDate`."""
+    """Vendor's word, such as `UpToDate` or `OutOfDate`, or `NotRated` where the vendor has none."""
     tcb_date: date | None = None
     """Date of the matched TCB level; the contract's `min_tcb` compares its year and month."""
     advisories: tuple[str, ...] = ()
     report_data: bytes = b""
-    """The 64 bytes that the attester bound into the quote."""
+    """What the attester bound into the quote: 64 bytes, or 32 where the hardware has no room."""
     measurements: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
-    """`mrtd`, `rtmr0` .. `rtmr3`, and later `mrenclave`, `pcr7`, ...: vendor's names in lower case."""
+    """`mrtd`, `rtmr0` .. `rtmr3`, `mrenclave`, `measurement`, `pcr7`, ...: vendor's names in lower case."""
+    launch: str = ""
+    """Name of the measurement that names the software started: `mrtd`, `mrenclave`, `measurement`, `pcr0`, `rim`."""
+    svns: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Security version numbers that a floor can be set for: `isvsvn`, `snp`, `microcode`, `tcb_evaluation_data_number`."""
+    attributes: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
+    """Switches of the platform that a policy may demand or forbid: `smt`, `migratable`, `ciphertext_hiding`."""
     events: tuple[Event, ...] = ()
-    """Events whose replay equals the signed register and whose data hashes to its digest."""
+    """Events whose replay equals the runtime register and whose data hashes to its digest."""
+    log_in: Literal["register", "report-data"] = "register"
+    """Where the hardware vouches for `events`: a runtime register, or (no register) the report data: `events.fold`."""
+    boot_log: tuple[BootEvent, ...] = ()
+    """Boot events whose replay equals signed registers."""
     platform: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Identity of the machine for allow and deny lists: `ppid`, `fmspc`, `chip_id`, ... in hex."""
+    """Identity of the machine for allow and deny lists: `ppid`, `chip_id`, `csp_id`, `ueid`, ... bytes in hex."""
     gpu: Literal["none", "confidential"] = "none"
     boot: str | None = None
+    """Boot state of a measured host: `sha256:` and 64 hex digits over its boot registers."""
     scheme: str | None = None
+    devices: tuple[Claims, ...] = ()
+    """What was found authentic in `Evidence.devices`, in the same order."""
+    chain: tuple[str, ...] = ()
+    """For people: the certificates that were relied on, leaf first, one sentence each."""
+    valid_until: datetime | None = None
+    """When the first certificate or piece of collateral that this rests on ends."""
 
     @property
     def soft(self) -> bool:
-        """True when a published test root signed: nothing is protected."""
-        return self.tee.startswith("soft-")
+        """True when a published test root signed any of it: nothing is protected."""
+        return self.tee.startswith("soft-") or any(device.soft for device in self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +132,51 @@ class Policy:
     gpu: Literal["none", "confidential"] = "none"
     boot: frozenset[str] = frozenset()
     scheme: str | None = None
-    tcb_statuses: frozenset[str] = frozenset({"UpToDate", "SWHardeningNeeded"})
+    tcb_statuses: frozenset[str] = frozenset({"UpToDate", "SWHardeningNeeded", NOT_RATED})
     deny_advisories: frozenset[str] = frozenset()
     reference_values: Mapping[str, frozenset[bytes]] = field(default_factory=lambda: MappingProxyType({}))
     """Measurement name -> accepted values. A name listed here with an empty set accepts nothing."""
+    software: tuple[Software, ...] = ()
+    """Reference values of accepted software, any one of them; empty sets no rule here (the broker's still hold)."""
+    min_svn: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    """TEE type -> name in `Claims.svns` -> least value; an absent number refuses."""
+    require: Mapping[str, Mapping[str, bool]] = field(default_factory=lambda: MappingProxyType({}))
+    """TEE type -> name in `Claims.attributes` -> wanted; an absent attribute refuses."""
+    max_tcb_age: timedelta | None = None
+    """How long ago the matched TCB level may have been superseded; needs `today`."""
+    platform_allow: frozenset[tuple[str, str]] | None = None
+    """(name in `Claims.platform`, value): at least one must hold. None sets no rule; an empty set accepts no machine."""
+    platform_deny: frozenset[tuple[str, str]] = frozenset()
+    """(name, value): none may hold, of the machine or of any device."""
+    require_attested_boot: bool = False
+    """A boot log must explain the boot registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogRule:
+    """A rule over a replayed boot log: an event of `register` (and `type`, unless empty) that has one of `digests`.
+
+    `only`: every event of that register and type must have one of the digests, and there must be one.
+    """
+
+    register: int
+    digests: frozenset[bytes]
+    type: str = ""
+    only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """Reference values of one accepted build or product: every rule must hold. Without any rule it accepts nothing.
+
+    Exact: `measurements` (name -> accepted values). Signer + product + minimum version: `measurements` with `mrsigner`,
+    `svns_equal` with `isvprodid`, `svns_least` with `isvsvn`. Registers that differ from boot to boot: `log`.
+    """
+
+    label: str
+    tee: str = ""
+    """TEE type that this is for, without `soft-`; empty for any."""
+    measurements: Mapping[str, frozenset[bytes]] = field(default_factory=lambda: MappingProxyType({}))
+    svns_equal: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    svns_least: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    log: tuple[LogRule, ...] = ()

@@ -4,7 +4,7 @@ A kind of hardware is a folder beside this file with a module `verify` that has 
 
     verify(evidence, endorsements, roots, *, now) -> Claims
 
-`VERIFIERS` is read from those folders when this module is imported, never from what a peer sends, so new hardware is
+and with `STEPS`, a mapping from the name of each step (as in `Reason.where`) to a sentence for people, in order. `VERIFIERS` is read from those folders when this module is imported, never from what a peer sends, so new hardware is
 new files only. docs/attestation.md says what a folder holds.
 """
 
@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -45,6 +46,9 @@ def _verifiers() -> Mapping[str, Verifier]:
 VERIFIERS: Final[Mapping[str, Verifier]] = _verifiers()
 """Kind of evidence -> its verifier."""
 
+DEVICES: Final = frozenset({"nvidia-gpu", "tpm"})
+"""Kinds of evidence that may stand in `Evidence.devices`."""
+
 
 def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims:
     """Return what `evidence` proves at `now`; a test root gives `Claims.tee` the prefix `soft-`.
@@ -53,6 +57,24 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
         EvidenceError: `evidence-malformed`, or `evidence-not-authentic`; `reasons[0].where` names the step that refused.
         ValueError: `now` has no time zone (a caller's mistake).
     """
+    claims = _verify(evidence, endorsements, roots, now=now)
+    if not evidence.devices:
+        return claims
+    devices: list[Claims] = []
+    for index, device in enumerate(evidence.devices):
+        if device.devices or device.kind not in DEVICES:
+            raise EvidenceError(
+                f"evidence of kind {device.kind!r} is not of a device",
+                code="evidence-malformed",
+                reasons=[Reason(f"evidence.devices.{index}", repr(device.kind), " or ".join(sorted(DEVICES)))],
+            )
+        devices.append(replace(_verify(device, endorsements, roots, now=now), kind="device"))
+    gpus = [device.gpu for device in devices if device.tee.endswith("nvidia-gpu")]
+    confidential = bool(gpus) and all(each == "confidential" for each in gpus)  # one open GPU opens the machine
+    return replace(claims, devices=tuple(devices), gpu="confidential" if confidential else "none")
+
+
+def _verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims:
     verifier = VERIFIERS.get(evidence.kind)
     if verifier is None:
         raise EvidenceError(

@@ -1,0 +1,108 @@
+"""Evidence as vendors and their tools write it to files: what `cloister verify` reads, besides our own format.
+
+A *case* is one piece of evidence with everything that belongs to it, as files by role, at a time, with what is expected of
+it: one entry of a `manifest.json`. Each kind of case is a module here with `KIND` and
+
+    observe(case) -> Observation
+
+which puts the files together, calls the very verifiers that a broker calls, and says what came out. Nothing here judges
+by other rules than they do. Pure: files are bytes already.
+
+Roles by kind (the layout of the manifest):
+  dcap     quote, collateral?, ccel?
+  snp      report, leaf; or roles that are PEM chains by product
+  azure    evidence
+  tpm      q.msg/q.sig/q.pcrs/ak.pub/nonce/binary_runtime_measurements, or ak_pub/ak_cert/ak_issuer/sha1/sha256/sha384/eventlog,
+           or evidence, or eventlog
+  nvidia   report, chain, driver_rim?, vbios_rim?, ocsp_*?; or rim; or eat
+  nitro    doc
+  cca      token, cpak
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+from typing import Literal
+
+from cloister.attestation.roots import Roots
+from cloister.attestation.types import Claims
+from cloister.errors import EvidenceError
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Files of one piece of evidence, by role, and what they are to be judged by."""
+
+    kind: str
+    files: Mapping[str, bytes]
+    now: datetime
+    name: str = ""
+    nonce: bytes | None = None
+    """What the verifier asked for; None: not known, so freshness is not judged."""
+    chains: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
+    """Vendor certificate chains (PEM) that lie beside the evidence, by name (`milan`, `milan_vlek`, ...)."""
+    chain: str = ""
+    """Which of `chains` the case names."""
+    roots: Roots = field(default_factory=Roots)
+    collateral: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
+    """Further files that the caller offers as collateral, by file name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a verifier, for people."""
+
+    name: str
+    state: Literal["passed", "failed", "not reached", "not done"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What came out of a case.
+
+    `facts` are what a manifest's `expect` can name: `authentic` (bool), `debug` (bool), `tcb`, `advisories` (sorted list),
+    `signature` (bool: the quote's signature and its chain to a pinned root, where there is no collateral for more),
+    `rtmr_replay` (list of RTMR indexes), `eventlog`, `ima`, `parse` (bool), `golden` (number of matched golden
+    measurements), `roots_sha256` (list).
+    """
+
+    facts: Mapping[str, object]
+    steps: tuple[Step, ...] = ()
+    claims: Claims | None = None
+    error: EvidenceError | None = None
+    fields: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Decoded fields for people, in reading order."""
+
+
+def trace(
+    steps: Mapping[str, str], error: EvidenceError | None, *, not_done: frozenset[str] = frozenset()
+) -> tuple[Step, ...]:
+    """Return `steps` (a verifier's `STEPS`) with their states: those before the first refusing one passed.
+
+    A reason belongs to the step whose name is the longest prefix of its `where`.
+    """
+    failed: dict[str, str] = {}
+    for reason in error.reasons if error is not None else ():
+        names = [name for name in steps if reason.where == name or reason.where.startswith(f"{name}.")]
+        if names:
+            name = max(names, key=len)
+            failed[name] = f"{failed[name]}; {reason}" if name in failed else str(reason)
+    found: list[Step] = []
+    over = False
+    for name, text in steps.items():
+        if name in failed:
+            found.append(Step(name, "failed", f"{text}: {failed[name]}"))
+            over = True
+        elif name in not_done:
+            found.append(Step(name, "not done", text))
+        else:
+            found.append(Step(name, "not reached" if over else "passed", text))
+    if error is not None and not failed:
+        reasons = "; ".join(str(reason) for reason in error.reasons)
+        found = [Step(step.name, "not reached", step.text) for step in found]
+        found.insert(0, Step("evidence", "failed", f"{error.message}{': ' if reasons else ''}{reasons}"))
+    return tuple(found)
