@@ -5,24 +5,27 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cloister.attestation import events as event_log
+from cloister.attestation.binding import check_binding
 from cloister.attestation.edge.attester import (
     FIRST_WAIT_S,
     TRIES,
     Files,
     SoftTdxAttester,
     TsmAttester,
+    attest,
     find_attester,
 )
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.types import Evidence
 from cloister.attestation.verify import verify
 from cloister.errors import InputError, MachineError
-from cloister.testkit.softtee import MEASUREMENT, NOW, SOFT_ROOTS, soft_collateral, workload
+from cloister.testkit.softtee import MEASUREMENT, NOW, SOFT_ROOTS, binding, soft_collateral, workload
 
 REPORT_DATA = bytes(range(64))
 
@@ -260,3 +263,39 @@ def test_auto_never_falls_back_to_software() -> None:
         assert find_attester("auto", measurement=MEASUREMENT).name == "tdx"
     with pytest.raises(InputError, match="unknown"):
         find_attester("soft", measurement=MEASUREMENT)
+
+
+# --- the whole machine ------------------------------------------------------------------------------------------------
+
+
+class Device:
+    name = "tpm"
+
+    def __init__(self, mark: bytes) -> None:
+        self.mark = mark
+        self.asked: list[bytes] = []
+
+    def evidence(self, qualifying_data: bytes) -> Evidence:
+        self.asked.append(qualifying_data)
+        return Evidence("tpm", self.mark + qualifying_data)
+
+
+def test_the_cpu_attests_what_the_devices_said() -> None:
+    devices = (Device(b"a"), Device(b"b"))
+    attester = SoftTdxAttester(MEASUREMENT, devices=devices)
+    bound = binding()
+    evidence = attest(attester, bound)
+    assert [each.quote[:1] for each in evidence.devices] == [b"a", b"b"]
+    assert devices[0].asked == devices[1].asked == [bound.qualifying_data()]
+    alone = verify(replace(evidence, devices=()), soft_collateral(NOW), SOFT_ROOTS, now=NOW)
+    assert alone.report_data == bound.over(evidence.devices).report_data()
+    assert alone.report_data != bound.report_data()
+    with pytest.raises(ValueError, match="already"):
+        attest(attester, bound.over(evidence.devices))
+
+
+def test_a_cpu_without_devices_attests_the_binding_itself() -> None:
+    evidence = attest(SoftTdxAttester(MEASUREMENT), binding())
+    claims = verify(evidence, soft_collateral(NOW), SOFT_ROOTS, now=NOW)
+    assert evidence.devices == ()
+    assert check_binding(claims, binding()) == ()

@@ -26,10 +26,12 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol
 
 from cloister.attestation import events as event_log
+from cloister.attestation.binding import Binding
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.tdx import format as tdx_format
 from cloister.attestation.types import Event, Evidence
@@ -42,12 +44,40 @@ FIRST_WAIT_S: Final = 0.05
 """Doubled after each try: 8 tries wait 6.35 s in all, longer than the quote generation of a busy host."""
 
 
+class DeviceAttester(Protocol):
+    """A device of this machine that attests beside the CPU: a GPU, a TPM."""
+
+    @property
+    def name(self) -> str:
+        """`nvidia-gpu`, `tpm`, or `soft-..`."""
+        ...
+
+    def evidence(self, qualifying_data: bytes) -> Evidence:
+        """Return fresh evidence over `qualifying_data` (32 bytes).
+
+        Raises:
+            ValueError: `qualifying_data` is not 32 bytes.
+            MachineError: the device does not answer, or is in a state in which its evidence means nothing.
+        """
+        ...
+
+
 class Attester(Protocol):
     """What a TEE can do for the program inside it."""
 
     @property
     def name(self) -> str:
         """`tdx`, or `soft-tdx`."""
+        ...
+
+    @property
+    def report_data_bytes(self) -> int:
+        """How much the hardware signs for us: 64 bytes (`Binding.report_data`), or 32 (`Binding.qualifying_data`)."""
+        ...
+
+    @property
+    def devices(self) -> tuple[DeviceAttester, ...]:
+        """Devices whose evidence belongs to every piece of evidence of this machine, in the order in which it is sent."""
         ...
 
     def extend(self, name: str, data: bytes) -> None:
@@ -68,6 +98,23 @@ class Attester(Protocol):
         ...
 
 
+def attest(attester: Attester, binding: Binding) -> Evidence:
+    """Return evidence of the whole machine over `binding`: its devices first, then the CPU over what they said.
+
+    The verifier checks it against `binding.over(evidence.devices)`.
+
+    Raises:
+        ValueError: `binding` already names devices.
+        MachineError: a device or the CPU does not answer.
+    """
+    if binding.devices:
+        raise ValueError("the binding already names devices; give the one that they are to attest")
+    devices = tuple(device.evidence(binding.for_devices().qualifying_data()) for device in attester.devices)
+    full = binding.over(devices)
+    data = full.report_data() if attester.report_data_bytes == 64 else full.qualifying_data()
+    return replace(attester.evidence(data), devices=devices)
+
+
 class SoftTdxAttester:
     """A TDX guest in software. It protects nothing.
 
@@ -75,11 +122,20 @@ class SoftTdxAttester:
         measurement: MRTD, 48 bytes.
         machine: which soft machine, see `soft.tdx.platform`; default: one that is up to date.
         debug: set the debug bit, for tests.
+        devices: attested beside the CPU.
     """
 
     notice: Final = soft_tdx.NOTICE
+    report_data_bytes: Final = 64
 
-    def __init__(self, measurement: bytes, *, machine: soft_tdx.Platform | None = None, debug: bool = False) -> None:
+    def __init__(
+        self,
+        measurement: bytes,
+        *,
+        machine: soft_tdx.Platform | None = None,
+        debug: bool = False,
+        devices: tuple[DeviceAttester, ...] = (),
+    ) -> None:
         if len(measurement) != 48:
             raise ValueError(f"measurement of {len(measurement)} bytes, wanted 48")
         self._measurement = measurement
@@ -87,6 +143,7 @@ class SoftTdxAttester:
         self._debug = debug
         self._register = event_log.INITIAL
         self._events: tuple[Event, ...] = ()
+        self.devices = devices
 
     @property
     def name(self) -> str:
@@ -144,7 +201,10 @@ class TsmAttester:
         register: the file of RTMR 3.
         files: file operations; tests pass ones that play the kernel over a temporary tree.
         wait: sleeps for that many seconds between tries.
+        devices: attested beside the CPU.
     """
+
+    report_data_bytes: Final = 64
 
     def __init__(
         self,
@@ -153,12 +213,14 @@ class TsmAttester:
         register: Path = TDX_RTMR3,
         files: Files | None = None,
         wait: Callable[[float], None] = time.sleep,
+        devices: tuple[DeviceAttester, ...] = (),
     ) -> None:
         self._reports = reports
         self._register = register
         self._files = Files() if files is None else files
         self._wait = wait
         self._events: tuple[Event, ...] = ()
+        self.devices = devices
 
     @property
     def name(self) -> str:
