@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import cloister.attestation as room
 from cloister.attestation.endorsements import Endorsement, Endorsements
@@ -25,7 +25,7 @@ from cloister.attestation.roots import Roots
 from cloister.attestation.types import Claims, Evidence
 from cloister.errors import EvidenceError, Reason
 
-__all__ = ["VERIFIERS", "Endorsement", "Endorsements", "Roots", "Verifier", "verify"]
+__all__ = ["VERIFIERS", "Endorsement", "Endorsements", "Roots", "Verifier", "steps_of", "verify"]
 
 
 class Verifier(Protocol):
@@ -34,17 +34,28 @@ class Verifier(Protocol):
     def __call__(self, evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims: ...
 
 
-def _verifiers() -> Mapping[str, Verifier]:
-    found: dict[str, Verifier] = {}
+def _modules() -> Mapping[str, Any]:
+    found: dict[str, Any] = {}
     for entry in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
         if entry.ispkg and importlib.util.find_spec(f"{entry.name}.verify") is not None:
             module = importlib.import_module(f"{entry.name}.verify")
-            found[module.KIND] = module.verify
+            found[module.KIND] = module
     return MappingProxyType(found)
 
 
-VERIFIERS: Final[Mapping[str, Verifier]] = _verifiers()
+_MODULES: Final = _modules()
+VERIFIERS: Final[Mapping[str, Verifier]] = MappingProxyType({kind: module.verify for kind, module in _MODULES.items()})
 """Kind of evidence -> its verifier."""
+
+
+def steps_of(evidence: Evidence) -> dict[str, str]:
+    """Return the steps that `verify` takes for `evidence`, in order: name -> sentence for people."""
+    steps: dict[str, str] = {}
+    for each in (evidence, *evidence.devices):
+        module = _MODULES.get(each.kind)
+        steps |= getattr(module, "STEPS", {})
+    return steps
+
 
 DEVICES: Final = frozenset({"nvidia-gpu", "tpm"})
 """Kinds of evidence that may stand in `Evidence.devices`."""

@@ -6,14 +6,19 @@ Real collateral is public and signed; any PCCS or `dcap-qvl` client can write it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
+from cloister.attestation.collateral.read import recognise
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.tdx import collateral as tdx_collateral
 from cloister.errors import EvidenceError, InputError
+
+FILE_LIMIT: Final = 4 * 1024 * 1024
 
 
 def soft_collateral(now: datetime) -> Endorsements:
@@ -53,3 +58,25 @@ def load_collateral(path: Path) -> Endorsements:
         return Endorsements((Endorsement("tdx", tdx_collateral.fmspc(data), data),))
     except EvidenceError as error:
         raise InputError(f"the file {path} holds no TDX collateral", reasons=error.reasons) from error
+
+
+def load_all(paths: Sequence[Path]) -> Endorsements:
+    """Return the collateral in `paths`, files of vendors in any form that `collateral.read` knows; later ones count.
+
+    Raises:
+        InputError: a file cannot be read, is too large, or is no collateral.
+    """
+    found = Endorsements()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                data = file.read(FILE_LIMIT + 1)
+        except OSError as error:
+            raise InputError(f"the collateral file {path} cannot be read: {error.strerror}") from error
+        if len(data) > FILE_LIMIT:
+            raise InputError(f"the collateral file {path} has more than {FILE_LIMIT} bytes")
+        try:
+            found = found | Endorsements(recognise(data))
+        except EvidenceError as error:
+            raise InputError(f"the file {path} holds no collateral", reasons=error.reasons) from error
+    return found

@@ -21,15 +21,19 @@ Roles by kind (the layout of the manifest):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Literal
+from typing import Final, Literal
 
+from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.roots import Roots
-from cloister.attestation.types import Claims
-from cloister.errors import EvidenceError
+from cloister.attestation.types import Claims, Evidence
+from cloister.attestation.verify import steps_of, verify
+from cloister.errors import EvidenceError, InputError, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +110,59 @@ def trace(
         found = [Step(step.name, "not reached", step.text) for step in found]
         found.insert(0, Step("evidence", "failed", f"{error.message}{': ' if reasons else ''}{reasons}"))
     return tuple(found)
+
+
+def observe(case: Case) -> Observation:
+    """Return what came out of `case`.
+
+    Raises:
+        InputError: no such kind of case, or a role is missing.
+        ValueError: `case.now` has no time zone.
+    """
+    if case.now.tzinfo is None:
+        raise ValueError("`now` has no time zone")
+    observer = _OBSERVERS.get(case.kind)
+    if observer is None:
+        raise InputError(
+            f"evidence files of kind {case.kind!r} are not known",
+            reasons=[Reason("kind", repr(case.kind), " or ".join(sorted(_OBSERVERS)))],
+        )
+    return observer(case)
+
+
+def observe_evidence(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Observation:
+    """Return what came out of evidence in our own format: `verify`, told step by step."""
+    steps = steps_of(evidence)
+    try:
+        claims = verify(evidence, endorsements, roots, now=now)
+    except EvidenceError as error:
+        return Observation({"authentic": False}, trace(steps, error), error=error)
+    return Observation({"authentic": True, "debug": claims.debug, "tcb": claims.tcb_status}, trace(steps, None), claims)
+
+
+def need(case: Case, *roles: str) -> tuple[bytes, ...]:
+    """Return the files of `roles`.
+
+    Raises:
+        InputError: one is missing.
+    """
+    missing = [role for role in roles if role not in case.files]
+    if missing:
+        raise InputError(
+            f"{case.kind} evidence needs {', '.join(missing)}",
+            reasons=[Reason(f"files.{role}", "nothing", f"a file of role {role}") for role in missing],
+        )
+    return tuple(case.files[role] for role in roles)
+
+
+def _observers() -> Mapping[str, Callable[[Case], Observation]]:
+    found: dict[str, Callable[[Case], Observation]] = {}
+    for entry in pkgutil.iter_modules(__path__, f"{__name__}."):
+        if entry.name.rpartition(".")[2] in {"manifest", "sniff"}:
+            continue
+        module = importlib.import_module(entry.name)
+        found[module.KIND] = module.observe
+    return MappingProxyType(found)
+
+
+_OBSERVERS: Final = _observers()
