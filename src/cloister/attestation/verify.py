@@ -11,7 +11,6 @@ new files only. docs/attestation.md says what a folder holds.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,7 +36,9 @@ class Verifier(Protocol):
 def _modules() -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     for entry in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
-        if entry.ispkg and importlib.util.find_spec(f"{entry.name}.verify") is not None:
+        # asked of the folder, not of the import system: that would import folders that import this module
+        folders = [f"{path}/{entry.name.rpartition('.')[2]}" for path in room.__path__]
+        if entry.ispkg and "verify" in {inner.name for inner in pkgutil.iter_modules(folders)}:
             module = importlib.import_module(f"{entry.name}.verify")
             found[module.KIND] = module
     return MappingProxyType(found)
