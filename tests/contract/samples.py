@@ -15,6 +15,8 @@ from cloister.contract.model import FileList, HostPlace, SignedBy, TeePlace, key
 HERE = Path(__file__).parent / "examples"
 NAMES = ("pneumonia-xray", "fraud-two-banks", "acme-automl")
 TODAY = date(2027, 1, 15)
+GPU = Claims("device", "nvidia-gpu", debug=False, tcb_status="NotRated", gpu="confidential", platform={"ueid": "a1"})
+"""A GPU in confidential mode, beside a TEE."""
 
 
 @cache
@@ -61,6 +63,7 @@ def claims(contract: Contract, phase: str) -> Claims:
             tcb_status="UpToDate",
             tcb_date=date(*(place.min_tcb or (2026, 8)), 1),
             gpu=place.gpu,
+            devices=(GPU,) if place.gpu == "confidential" else (),
         )
     assert isinstance(place, HostPlace)
     measurements = {}

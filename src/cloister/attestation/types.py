@@ -20,6 +20,29 @@ NOT_RATED: Final = "NotRated"
 """`tcb_status` of hardware whose vendor publishes no TCB levels; security version numbers are judged instead."""
 
 
+IDENTITIES: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
+    {
+        "ppid": frozenset({"tdx", "sgx", "azure-tdx"}),
+        "platform_instance_id": frozenset(),
+        "fmspc": frozenset({"tdx", "sgx", "azure-tdx"}),
+        "chip_id": frozenset({"sev-snp", "azure-snp"}),
+        "csp_id": frozenset(),
+        "module_id": frozenset({"nitro"}),
+        "instance_id": frozenset({"cca"}),
+        "ak": frozenset({"tpm"}),
+        "ek": frozenset(),
+        "ueid": frozenset({"nvidia-gpu"}),
+    }
+)
+"""Names in `Claims.platform` that say which machine it is, or whose: a policy may list them. Each with the TEE types that
+always have it; an empty set: some machines of that vendor have it."""
+
+
+def base(tee: str) -> str:
+    """Return the kind of hardware that `tee` is or plays: `tdx` for `soft-tdx`."""
+    return tee.removeprefix("soft-")
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One entry of a runtime event log: `digest` (48 bytes) extended a register; `data` counts only after it
@@ -143,11 +166,15 @@ class Policy:
     require: Mapping[str, Mapping[str, bool]] = field(default_factory=lambda: MappingProxyType({}))
     """TEE type -> name in `Claims.attributes` -> wanted; an absent attribute refuses."""
     max_tcb_age: timedelta | None = None
-    """How long ago the matched TCB level may have been superseded; needs `today`."""
+    """How many days before `today` the matched TCB level may be dated; without `today` or a date it refuses."""
     platform_allow: frozenset[tuple[str, str]] | None = None
-    """(name in `Claims.platform`, value): at least one must hold. None sets no rule; an empty set accepts no machine."""
+    """(name in `Claims.platform`, value): at least one must hold of the machine. None sets no rule; an empty set accepts no
+    machine."""
     platform_deny: frozenset[tuple[str, str]] = frozenset()
-    """(name, value): none may hold, of the machine or of any device."""
+    """(name, value): none may hold, of the machine or of any device. An id that this hardware always has (`IDENTITIES`) and
+    that is absent refuses: a machine that hides its name is not shown to be another one."""
+    gpu_allow: frozenset[str] | None = None
+    """`ueid` of accepted GPUs: there must be a GPU, and each must be one of them. None sets no rule."""
     require_attested_boot: bool = False
     """A boot log must explain the boot registers."""
 
@@ -156,13 +183,21 @@ class Policy:
 class LogRule:
     """A rule over a replayed boot log: an event of `register` (and `type`, unless empty) that has one of `digests`.
 
-    `only`: every event of that register and type must have one of the digests, and there must be one.
+    `only`: every event of that register must have one of the digests, and there must be one. It takes no type: firmware
+    measures the data of an event and not its type, so whoever carries the log could give an unwanted event another type.
+
+    Raises:
+        ValueError: `only` with a type.
     """
 
     register: int
     digests: frozenset[bytes]
     type: str = ""
     only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.only and self.type:
+            raise ValueError("a type is not measured: `only` is about all events of a register")
 
 
 @dataclass(frozen=True, slots=True)
