@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cloister.errors import EvidenceError, Reason
 
-__all__ = ["LIMIT", "Certificate", "PublicKey", "from_der", "from_pem"]
+__all__ = ["LIMIT", "Certificate", "PublicKey", "check_signature", "from_der", "from_pem"]
 
 LIMIT: Final = 16 * 1024
 """Largest DER certificate accepted, in bytes; real ones have 0.6 to 2 kB."""
@@ -78,7 +78,7 @@ def from_der(data: bytes, *, where: str) -> Certificate:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # serial 0; `_plain` is there for the day on which it raises
             return _with_cryptography(_load(data))
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion) as error:
         try:
             return _plain(data)
         except (ValueError, TypeError, KeyError, UnsupportedAlgorithm):
@@ -136,13 +136,11 @@ def _with_cryptography(loaded: x509.Certificate) -> Certificate:
             usage_allows = value.key_cert_sign
 
     def signed(issuer: Certificate) -> bool:
-        return _check_signature(
-            issuer.key,
-            loaded.signature,
-            loaded.tbs_certificate_bytes,
-            loaded.signature_hash_algorithm,
-            loaded.signature_algorithm_parameters,
-        )
+        try:
+            hash_, parameters = loaded.signature_hash_algorithm, loaded.signature_algorithm_parameters
+        except (UnsupportedAlgorithm, ValueError, TypeError):
+            return False  # an algorithm that nobody here knows proves nothing
+        return check_signature(issuer.key, loaded.signature, loaded.tbs_certificate_bytes, hash_, parameters)
 
     return Certificate(
         der=loaded.public_bytes(Encoding.DER),
@@ -193,7 +191,7 @@ def _plain(data: bytes) -> Certificate:
         raise ValueError(f"signature algorithm {name}")
 
     def signed(issuer: Certificate) -> bool:
-        return _check_signature(issuer.key, loaded.signature, body.dump(), _HASHES[hash_name], parameters)
+        return check_signature(issuer.key, loaded.signature, body.dump(), _HASHES[hash_name], parameters)
 
     return Certificate(
         der=data,
@@ -213,7 +211,8 @@ def _plain(data: bytes) -> Certificate:
     )
 
 
-def _check_signature(key: PublicKey, signature: bytes, signed: bytes, hash_: Any, parameters: Any) -> bool:
+def check_signature(key: PublicKey, signature: bytes, signed: bytes, hash_: Any, parameters: Any) -> bool:
+    """Return whether `key` signed `signed`, with SHA-256 or better; `parameters` are the padding or `ec.ECDSA`."""
     if not isinstance(hash_, (hashes.SHA256, hashes.SHA384, hashes.SHA512)):
         return False  # SHA-1 and older sign nothing here
     try:
