@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from cloister.attestation.pki import certificate as certificates
 from cloister.attestation.pki import crl as revocation
 from cloister.attestation.pki.path import check_path, describe
+from cloister.errors import EvidenceError
 
 from .helpers import SHARED, refusal
 
@@ -346,3 +347,19 @@ def test_the_number_is_read_and_garbage_is_malformed() -> None:
     assert (good.number, good.serials) == (12, frozenset({1, 2}))
     for data in (b"", good.der[:-1], good.der + b"\0", bytes(100), b"0" * (revocation.LIMIT + 1)):
         assert refusal(revocation.from_der, data, where="t").code == "evidence-malformed"
+
+
+LIST = crl(1, 2)
+MIDDLE = chain()[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 400), st.integers(1, 255))
+def test_a_changed_list_is_malformed_or_not_believed(place: int, change: int) -> None:
+    changed = bytearray(LIST.der)
+    changed[place % len(changed)] ^= change
+    try:
+        found = revocation.from_der(bytes(changed), where="t")
+    except EvidenceError:
+        return
+    assert found.problem(MIDDLE, NOW) is not None

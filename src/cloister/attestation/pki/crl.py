@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from cloister.attestation.pki.certificate import Certificate
+from cloister.attestation.pki.certificate import Certificate, check_signature
 from cloister.errors import EvidenceError, Reason
 
 LIMIT: Final = 4 * 1024 * 1024
@@ -38,12 +39,17 @@ class RevocationList:
             return (
                 f"a list that ended {self.next_update:%Y-%m-%d %H:%M}" if self.next_update else "a list without an end"
             )
-        try:
-            if self._loaded.is_signature_valid(issuer.key):
-                return None
-        except (TypeError, ValueError, UnsupportedAlgorithm):
-            pass
-        return "a list that its issuer did not sign"
+        return None if _signed(self, issuer) else "a list that its issuer did not sign"
+
+
+@lru_cache(maxsize=64)
+def _signed(found: RevocationList, issuer: Certificate) -> bool:
+    loaded = found._loaded
+    try:
+        hash_, parameters = loaded.signature_hash_algorithm, loaded.signature_algorithm_parameters
+    except (UnsupportedAlgorithm, ValueError, TypeError):
+        return False
+    return check_signature(issuer.key, loaded.signature, loaded.tbs_certlist_bytes, hash_, parameters)
 
 
 def from_der(data: bytes, *, where: str) -> RevocationList:
