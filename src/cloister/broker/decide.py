@@ -192,6 +192,29 @@ def release(
     )  # fmt: skip
 
 
+def release_to(
+    ask: wire.ReleaseAsk,
+    claims: Claims,
+    bound: Sequence[Reason],
+    *,
+    stale: tuple[Reason, ...],
+    known: Known | None,
+    holdings: Holdings,
+    trusted: Trusted,
+    lease: timedelta,
+    now: datetime,
+) -> Grant | Refusal:
+    """Judge a release for `claims` that another door took (kbs/): it did steps 1 to 3 in its own protocol, and `stale` and
+    `bound` are why they do not hold. Steps 4 to 9 are those of `release`."""
+    if now.tzinfo is None:
+        raise ValueError("`now` has no time zone")
+    asked = () if ask.reads or ask.writes else (Reason("request", "no assets", "at least one asset to read or write"),)
+    return _judge_claims(
+        ask.contract, ask.phase, ask.reads, ask.writes, claims, bound, stale, known, holdings, trusted, lease, now,
+        held=None, key=b"", asked=asked,
+    )  # fmt: skip
+
+
 def renew(
     held: LeaseFacts | None,
     evidence: Evidence,
@@ -239,7 +262,32 @@ def _judge(
         code = "evidence-stale" if stale else error.code
         return Refusal(EvidenceError(error.message, code=code, reasons=(*stale, *error.reasons), hint=error.hint))
 
-    unacceptable = list(check_binding(claims, binding))  # 3
+    bound = check_binding(claims, binding)  # 3
+    return _judge_claims(
+        contract_id, phase, reads, writes, claims, bound, stale, known, holdings, trusted, lease, now,
+        held=held, key=binding.key, asked=asked,
+    )  # fmt: skip
+
+
+def _judge_claims(
+    contract_id: str,
+    phase: str,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    claims: Claims,
+    bound: Sequence[Reason],
+    stale: tuple[Reason, ...],
+    known: Known | None,
+    holdings: Holdings,
+    trusted: Trusted,
+    lease: timedelta,
+    now: datetime,
+    *,
+    held: LeaseFacts | None,
+    key: bytes,
+    asked: tuple[Reason, ...],
+) -> Grant | Refusal:
+    unacceptable = list(bound)
     unacceptable += appraise(claims, _software(claims, trusted))  # 4
     workload: Workload | None = None
     try:
@@ -249,7 +297,7 @@ def _judge(
         unacceptable += error.reasons
     denied = list(asked)
     if held is not None:
-        denied += _same_lease(held, binding, workload, now)  # 6
+        denied += _same_lease(held, key, workload, now)  # 6
     got: tuple[Read, ...] = ()
     made: tuple[Write, ...] = ()
     if known is None:  # 7
@@ -326,13 +374,13 @@ def confinement(workload: Workload, claims: Claims) -> list[Reason]:
     return reasons
 
 
-def _same_lease(held: LeaseFacts, binding: Binding, workload: Workload | None, now: datetime) -> list[Reason]:
+def _same_lease(held: LeaseFacts, key: bytes, workload: Workload | None, now: datetime) -> list[Reason]:
     reasons = []
     if now >= held.expires:
         reasons.append(
             Reason("lease.expires", f"over since {wire.format_time(held.expires)}", "a live lease", "release again")
         )
-    if wire.sha256(binding.key) != held.key_hash:
+    if wire.sha256(key) != held.key_hash:
         reasons.append(Reason("lease.key", "another HPKE key", "the key that the lease was given to"))
     if workload is not None:
         for name in ("code", "sandbox", "level", "profile"):

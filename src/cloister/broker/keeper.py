@@ -28,7 +28,7 @@ import cloister
 from cloister.attestation import evidence as evidence_format
 from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import Attester
-from cloister.attestation.types import Evidence
+from cloister.attestation.types import Claims, Evidence
 from cloister.broker import decide, relay, session, wire
 from cloister.broker.life import State as Life
 from cloister.broker.life import on as state_on
@@ -445,16 +445,75 @@ class Keeper:
                 lease=self._lease_life,
                 now=now,
             )
+        return wire.ReleaseReply(
+            *await self._give(
+                ask,
+                verdict,
+                known,
+                now,
+                key=request.key,
+                evidence=digest(request.evidence),
+                seal=lambda payload: _seal(payload.encode(), to=request.key, info=wire.RELEASE_INFO + binding.encode()),
+            )
+        )
+
+    async def release_to(
+        self,
+        ask: wire.ReleaseAsk,
+        claims: Claims,
+        *,
+        stale: tuple[Reason, ...],
+        bound: Sequence[Reason],
+        key: bytes,
+        evidence: str,
+        seal: Callable[[wire.ReleasePayload], bytes],
+    ) -> tuple[bytes, bytes]:
+        """Release to `claims` that another door (kbs/) verified in its own protocol; return the answer and the receipt.
+
+        `stale` and `bound` are why its steps 1 and 3 do not hold; every other step is that of `release`, also the log entry.
+        `key` is what `seal` seals to, `evidence` the digest of what was verified.
+        """
+        now = self._clock()
+        known = self._known(ask.contract)
+        verdict = decide.release_to(
+            ask,
+            claims,
+            bound,
+            stale=stale,
+            known=known,
+            holdings=self._holdings(known, (*ask.reads, *ask.writes)),
+            trusted=self._trusted(now),
+            lease=self._lease_life,
+            now=now,
+        )
+        return await self._give(ask, verdict, known, now, key=key, evidence=evidence, seal=seal)
+
+    async def refuse_evidence(self, error: EvidenceError, *, key: bytes, evidence: str, tee: str = "") -> NoReturn:
+        """Log evidence that another door refused before it was asked for anything; raises `error` with the denial's id."""
+        await self._refuse("release", error, key=key, evidence=evidence, tee=tee)
+
+    async def _give(
+        self,
+        ask: wire.ReleaseAsk,
+        verdict: decide.Grant | decide.Refusal,
+        known: decide.Known | None,
+        now: datetime,
+        *,
+        key: bytes,
+        evidence: str,
+        seal: Callable[[wire.ReleasePayload], bytes],
+    ) -> tuple[bytes, bytes]:
+        """Steps 3 to 5 of a release: seal the keys, enter the lease, return the sealed answer and the receipt."""
+        assets = (*ask.reads, *ask.writes)
         if isinstance(verdict, decide.Refusal):
-            await self._refuse_node("release", verdict, ask.contract, ask.phase, (*ask.reads, *ask.writes), request)
+            await self._refuse_node("release", verdict, ask.contract, ask.phase, assets, key, evidence)
         if known is None:
             raise RuntimeError("a grant without a contract")
 
         keys = {read.asset: self._key_of(known, read)[0] for read in verdict.reads}
         outputs = {write.asset: self._output_key(known.contract, write) for write in verdict.writes}
         lease = wire.Lease(f"l-{secrets.token_hex(16)}", Secret.random(), verdict.expires, verdict.renew_after)
-        payload = wire.ReleasePayload(keys, outputs, lease).encode()
-        sealed = _seal(payload, to=request.key, info=wire.RELEASE_INFO + binding.encode())
+        sealed = seal(wire.ReleasePayload(keys, outputs, lease))
         kept = LeaseSecrets(
             lease.secret,
             tuple(
@@ -473,9 +532,9 @@ class Keeper:
             code=workload.code,
             sandbox=workload.sandbox,
             level=workload.level,
-            evidence=digest(request.evidence),
+            evidence=evidence,
             tee=verdict.claims.tee,
-            hpke_key=digest(request.key),
+            hpke_key=digest(key),
             request="sha256:" + ask.hashed().hex(),
             expires=verdict.expires,
         )
@@ -483,13 +542,13 @@ class Keeper:
             done = await self._ledger.release(entry, kept)
         except DeniedError as error:
             refusal = decide.Refusal(error, verdict.claims, workload)
-            await self._refuse_node("release", refusal, ask.contract, ask.phase, (*ask.reads, *ask.writes), request)
+            await self._refuse_node("release", refusal, ask.contract, ask.phase, assets, key, evidence)
         facts = decide.LeaseFacts(
             contract=ask.contract,
             phase=ask.phase,
             reads=ask.reads,
             writes=ask.writes,
-            key_hash=wire.sha256(request.key),
+            key_hash=wire.sha256(key),
             code=workload.code,
             sandbox=workload.sandbox,
             level=workload.level,
@@ -499,7 +558,7 @@ class Keeper:
         )
         self._held[lease.id] = _Held(facts, kept)
         self._forget(now)
-        return wire.ReleaseReply(sealed, done.receipt.encode())
+        return sealed, done.receipt.encode()
 
     async def renew(self, request: wire.RenewRequest) -> wire.RenewReply:
         """Judge fresh evidence of a node that holds a lease and let it go on."""
@@ -529,7 +588,7 @@ class Keeper:
             )
         if isinstance(verdict, decide.Refusal):
             assets = () if facts is None else (*facts.reads, *facts.writes)
-            await self._refuse_node("renew", verdict, contract, phase, assets, request)
+            await self._refuse_node("renew", verdict, contract, phase, assets, request.key, digest(request.evidence))
         if held is None:
             raise RuntimeError("a renewal without a lease")
         try:
@@ -539,7 +598,7 @@ class Keeper:
         except DeniedError as error:
             refusal = decide.Refusal(error, verdict.claims, verdict.workload)
             assets = (*held.facts.reads, *held.facts.writes)
-            await self._refuse_node("renew", refusal, contract, phase, assets, request)
+            await self._refuse_node("renew", refusal, contract, phase, assets, request.key, digest(request.evidence))
         held.facts = replace(
             held.facts, expires=verdict.expires, profile=verdict.workload.profile, claims=verdict.claims
         )
@@ -875,7 +934,8 @@ class Keeper:
         contract: str,
         phase: str,
         assets: Sequence[str],
-        request: wire.ReleaseRequest | wire.RenewRequest,
+        key: bytes,
+        evidence: str,
     ) -> NoReturn:
         await self._refuse(
             operation,
@@ -883,8 +943,8 @@ class Keeper:
             contract=contract,
             phase=phase,
             assets=assets,
-            key=request.key,
-            evidence=digest(request.evidence),
+            key=key,
+            evidence=evidence,
             code="" if refusal.workload is None else refusal.workload.code,
             tee="" if refusal.claims is None else refusal.claims.tee,
         )
