@@ -1,47 +1,24 @@
-"""Attesters: extend a runtime register, collect evidence. Hardware through the kernel, or soft by name.
+"""Attesters: what collects evidence. Hardware through the kernel, or soft by name.
 
-The kernel's interfaces are those of Documentation/ABI/testing/configfs-tsm-report (Linux 6.7, root) and
-sysfs-devices-virtual-misc-tdx_guest (Linux 6.16):
+One attester is one way to ask a machine: `tsm` (TDX, SEV-SNP, CCA through configfs-tsm), `gramine` (SGX), `nsm` (Nitro),
+`tpm` (a measured host, and Azure's virtual TPM), `nvml` (GPUs, beside a CPU), `soft` (none of it, by name only).
 
-    <tsm>/<entry>/inblob       one write of 64 bytes; each write increments `generation`
-    <tsm>/<entry>/outblob      the quote for the last inblob
-    <tsm>/<entry>/generation   decimal; another value than expected: somebody else wrote to our entry
-    <tsm>/<entry>/provider     tdx_guest
-    <rtmr>                     read: 48 bytes; write of 48 bytes: value = SHA-384(value || digest)
-
-Steps of `TsmAttester.evidence`:
-  1 entry     make an entry of our own, and remove it whatever happens
-  2 provider  it is tdx_guest
-  3 write     REPORT_DATA in one write
-  4 read      the quote; EBUSY or EAGAIN: wait and try again
-  5 race      `generation` is one more than before, else try again
-  6 check     the quote parses, holds our REPORT_DATA, and its RTMR 3 is what our log replays to
+Each keeps the log of its events and checks what the hardware gave before it is sent: bound to what we asked, and with the
+register that our log explains. That is for operators, who learn of a broken set-up here; a verifier believes none of it.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from cloister.attestation import events as event_log
 from cloister.attestation.binding import Binding
 from cloister.attestation.soft import tdx as soft_tdx
-from cloister.attestation.tdx import format as tdx_format
 from cloister.attestation.types import Event, Evidence
-from cloister.errors import EvidenceError, InputError, MachineError, Reason
-
-TSM_REPORTS: Final = Path("/sys/kernel/config/tsm/report")
-TDX_RTMR3: Final = Path("/sys/devices/virtual/misc/tdx_guest/measurements/rtmr3:sha384")
-TRIES: Final = 8
-FIRST_WAIT_S: Final = 0.05
-"""Doubled after each try: 8 tries wait 6.35 s in all, longer than the quote generation of a busy host."""
+from cloister.errors import InputError, MachineError, Reason
 
 
 class DeviceAttester(Protocol):
@@ -168,173 +145,80 @@ class SoftTdxAttester:
         return f"SoftTdxAttester({soft_tdx.NOTICE})"
 
 
-class Files:
-    """The five file operations that the kernel's interfaces need; one write is one write(2)."""
-
-    def mkdir(self, path: Path) -> None:
-        path.mkdir()
-
-    def rmdir(self, path: Path) -> None:
-        path.rmdir()
-
-    def exists(self, path: Path) -> bool:
-        return path.exists()
-
-    def read(self, path: Path) -> bytes:
-        return path.read_bytes()
-
-    def write(self, path: Path, data: bytes) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-        if written != len(data):
-            raise OSError(errno.EIO, f"{written} of {len(data)} bytes were taken")
+Find = Callable[[], "Hardware"]
 
 
-class TsmAttester:
-    """A real TDX guest, through configfs-tsm and the RTMR file of the kernel.
-
-    Args:
-        reports: the folder in which report entries are made.
-        register: the file of RTMR 3.
-        files: file operations; tests pass ones that play the kernel over a temporary tree.
-        wait: sleeps for that many seconds between tries.
-        devices: attested beside the CPU.
-    """
-
-    report_data_bytes: Final = 64
-
-    def __init__(
-        self,
-        *,
-        reports: Path = TSM_REPORTS,
-        register: Path = TDX_RTMR3,
-        files: Files | None = None,
-        wait: Callable[[float], None] = time.sleep,
-        devices: tuple[DeviceAttester, ...] = (),
-    ) -> None:
-        self._reports = reports
-        self._register = register
-        self._files = Files() if files is None else files
-        self._wait = wait
-        self._events: tuple[Event, ...] = ()
-        self.devices = devices
-
-    @property
-    def name(self) -> str:
-        return "tdx"
+class Hardware(Attester, Protocol):
+    """An attester that can say why it does not work here."""
 
     def missing(self) -> tuple[Reason, ...]:
-        """Return what this machine lacks; empty means that it looks like a TDX guest."""
-        wanted = (
-            ("tee.report", self._reports, "Linux 6.7 or newer in a TDX guest, configfs mounted, root"),
-            ("tee.register", self._register, "Linux 6.16 or newer in a TDX guest"),
-        )
-        return tuple(Reason(where, f"no {path}", hint) for where, path, hint in wanted if not self._files.exists(path))
+        """Return what this machine lacks; empty means that it can be used."""
+        ...
 
-    def extend(self, name: str, data: bytes) -> None:
-        entry = event_log.event(name, data)
-        before = event_log.replay(self._events)
-        try:
-            # somebody else's extension would make our log useless: say so before a secret depends on it
-            self._expect(self._files.read(self._register), before, "before the extension")
-            self._files.write(self._register, entry.digest)
-            self._events += (entry,)
-            self._expect(self._files.read(self._register), event_log.replay(self._events), "after the extension")
-        except OSError as error:
-            raise MachineError(
-                f"RTMR 3 cannot be extended: {error.strerror}", hint=f"{self._register} must be writable (root)"
-            ) from error
 
-    def evidence(self, report_data: bytes) -> Evidence:
-        if len(report_data) != 64:
-            raise ValueError(f"report data of {len(report_data)} bytes, wanted 64")
-        # (1)
-        entry = self._reports / f"cloister-{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            self._files.mkdir(entry)
-        except OSError as error:
-            raise MachineError(
-                f"no report entry can be made in {self._reports}: {error.strerror}",
-                hint="run as root inside a TDX guest with configfs mounted",
-            ) from error
-        try:
-            raw = self._report(entry, report_data)
-        finally:
-            with suppress(OSError):  # the report counts; a left entry is empty and does no harm
-                self._files.rmdir(entry)
-        # (6)
-        try:
-            quote = tdx_format.without_padding(raw)
-            parsed = tdx_format.parse(quote)
-        except EvidenceError as error:
-            raise MachineError("the TDX module returned no quote", reasons=error.reasons) from error
-        if parsed.report_data != report_data:
-            raise MachineError("the TDX module quoted other report data than ours")
-        self._expect(parsed.measurements()["rtmr3"], event_log.replay(self._events), "in the quote")
-        return Evidence("tdx", quote, self._events)
+def _sgx() -> Hardware:
+    from cloister.attestation.edge.gramine import GramineAttester
 
-    def _report(self, entry: Path, report_data: bytes) -> bytes:
-        problem = "no answer"
-        for attempt in range(TRIES):
-            if attempt:
-                self._wait(FIRST_WAIT_S * 2 ** (attempt - 1))
-            try:
-                # (2)
-                provider = self._files.read(entry / "provider").strip()
-                if provider != b"tdx_guest":
-                    raise MachineError(
-                        f"this is not a TDX guest: the report provider is {provider.decode('ascii', 'replace')}"
-                    )
-                # (3)
-                generation = int(self._files.read(entry / "generation"))
-                self._files.write(entry / "inblob", report_data)
-                # (4)
-                quote = self._files.read(entry / "outblob")
-                # (5)
-                if int(self._files.read(entry / "generation")) == generation + 1:
-                    return quote
-                problem = "another program wrote to our report entry"
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.EAGAIN):
-                    raise MachineError(f"the report entry {entry} fails: {error.strerror}") from error
-                problem = "the TDX module is busy or limits the rate"
-            except ValueError as error:
-                raise MachineError(f"the report entry {entry} has no generation number") from error
-        raise MachineError(f"no TDX quote after {TRIES} tries: {problem}")
+    return GramineAttester()
 
-    def _expect(self, value: bytes, wanted: bytes, when: str) -> None:
-        if value != wanted:
-            raise MachineError(
-                f"RTMR 3 is not what our event log says, {when}",
-                reasons=[Reason("tdx.rtmr3", value.hex(), wanted.hex(), "another program extends RTMR 3 of this TD")],
-                hint="start a fresh TD in which only Cloister extends RTMR 3",
-            )
+
+def _nitro() -> Hardware:
+    from cloister.attestation.edge.nsm import NitroAttester
+
+    return NitroAttester()
+
+
+def _tdx() -> Hardware:
+    from cloister.attestation.edge.tsm import TdxAttester
+
+    return TdxAttester()
+
+
+def _snp() -> Hardware:
+    from cloister.attestation.edge.tsm import SnpAttester
+
+    return SnpAttester()
+
+
+def _cca() -> Hardware:
+    from cloister.attestation.edge.tsm import CcaAttester
+
+    return CcaAttester()
+
+
+HARDWARE: Final[Mapping[str, Find]] = MappingProxyType(
+    {"sgx": _sgx, "nitro": _nitro, "tdx": _tdx, "sev-snp": _snp, "cca": _cca}
+)
+"""Kind -> its attester, in the order in which `auto` looks: what encloses a process comes before what encloses its machine."""
 
 
 def find_attester(kind: str = "auto", *, measurement: bytes) -> Attester:
     """Return the attester of this machine.
 
-    `auto` takes hardware and never software; `tdx` demands TDX; `soft-tdx` is software with MRTD = `measurement`
-    (48 bytes) and protects nothing. On hardware the firmware measures, and `measurement` is not used.
+    `auto` takes the first of `HARDWARE` that works here, and never software. A name demands that kind. `soft-tdx` is
+    software with MRTD = `measurement` (48 bytes) and protects nothing. On hardware the firmware measures, and `measurement`
+    is not used.
 
     Raises:
-        MachineError: this machine has no such hardware; `reasons` say what is missing.
+        MachineError: this machine has no such hardware; `reasons` say what is missing, one or more for each kind.
         InputError: an unknown kind.
         ValueError: `measurement` is not 48 bytes.
     """
     if kind == "soft-tdx":
         return SoftTdxAttester(measurement)
-    if kind not in ("auto", "tdx"):
-        raise InputError(f"unknown attester {kind!r}", hint="use auto, tdx or soft-tdx")
-    hardware = TsmAttester()
-    missing = hardware.missing()
-    if missing:
-        raise MachineError(
-            "this machine is not inside a TEE that Cloister can use",
-            reasons=missing,
-            hint="to try without any protection, name soft-tdx; contracts refuse it unless they accept simulated",
-        )
-    return hardware
+    if kind != "auto" and kind not in HARDWARE:
+        raise InputError(f"unknown attester {kind!r}", hint=f"use auto, {', '.join(HARDWARE)} or soft-tdx")
+    reasons: list[Reason] = []
+    for name in HARDWARE if kind == "auto" else (kind,):
+        hardware = HARDWARE[name]()
+        missing = hardware.missing()
+        if not missing:
+            return hardware
+        reasons += (replace(reason, where=f"{name}.{reason.where}") for reason in missing)
+    raise MachineError(
+        "this machine is not inside a TEE that Cloister can use"
+        if kind == "auto"
+        else f"this machine offers no evidence of kind {kind}",
+        reasons=reasons,
+        hint="to try without any protection, name soft-tdx; contracts refuse it unless they accept simulated",
+    )
