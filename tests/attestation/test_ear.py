@@ -22,6 +22,7 @@ from cloister.attestation import ear
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import check_binding
 from cloister.attestation.types import Claims, LogRule, Software
+from cloister.errors import Reason
 from cloister.testkit.softtee import NOW, binding, soft_claims, soft_policy
 from tests.attestation.helpers import refusal
 
@@ -236,6 +237,7 @@ def test_the_policy_id_changes_with_every_field() -> None:
         {"max_tcb_age": timedelta(days=180)},
         {"platform_allow": frozenset({("ppid", "aa")})},
         {"platform_deny": frozenset({("ppid", "aa")})},
+        {"gpu_allow": frozenset({"aa"})},
         {"require_attested_boot": True},
     ]
     assert {next(iter(change)) for change in changes} == set(REAL_POLICY.__dataclass_fields__)
@@ -259,3 +261,126 @@ def test_the_wall_clock_is_never_asked() -> None:
     assert read(issue(now=then), now=then).issued == then
     past = datetime(2001, 1, 1, tzinfo=UTC)
     assert read(issue(now=past), now=past).issued == past
+
+
+# --- composite evidence: one submodule for each part --------------------------------------------------------------------
+
+GPU = Claims(
+    "device",
+    "nvidia-gpu",
+    debug=False,
+    tcb_status="NotRated",
+    report_data=binding().qualifying_data(),
+    gpu="confidential",
+)
+TPM = replace(GPU, tee="tpm", gpu="none")
+BOUND = binding(devices=(b"\x0a" * 32, b"\x0b" * 32, b"\x0c" * 32))
+
+
+def machine(*devices: Claims) -> Claims:
+    return replace(
+        real_claims(),
+        devices=devices,
+        gpu="confidential" if devices else "none",
+        report_data=binding(devices=BOUND.devices[: len(devices)]).report_data(),
+    )
+
+
+def judged(claims: Claims, policy: Any = REAL_POLICY, bound: Any = BOUND) -> ear.Result:
+    return read(issue(claims, policy=policy, reasons=(*appraise(claims, policy), *check_binding(claims, bound))))
+
+
+def test_each_device_has_its_own_vector_and_status() -> None:
+    claims = machine(GPU, TPM, GPU)
+    result = judged(claims)
+    assert result.status == "affirming"
+    assert {name: part.tee for name, part in result.devices.items()} == {
+        "gpu0": "nvidia-gpu",
+        "tpm0": "tpm",
+        "gpu1": "nvidia-gpu",
+    }
+    assert result.devices["gpu1"].vector == dict.fromkeys(ear.VECTOR, 2)
+    assert result.devices["tpm0"].vector["runtime-opaque"] == ear.NO_CLAIM
+
+
+def test_the_worst_part_is_the_status_of_the_whole() -> None:
+    result = judged(machine(GPU, TPM, replace(GPU, debug=True)))
+    assert result.status == "contraindicated"
+    assert result.vector == dict.fromkeys(ear.VECTOR, 2)
+    assert [part.status for part in result.devices.values()] == ["affirming", "affirming", "contraindicated"]
+    assert result.devices["gpu1"].vector["configuration"] == ear.CONTRAINDICATED
+    assert [reason.where for reason in result.devices["gpu1"].reasons] == ["place.enclave.gpu1.debug"]
+
+
+def test_a_device_that_is_not_bound_is_another_machines() -> None:
+    result = judged(machine(GPU, replace(TPM, report_data=bytes(32)), GPU))
+    assert result.devices["tpm0"].vector["instance-identity"] == ear.CONTRAINDICATED
+    assert result.devices["gpu0"].status == "affirming"
+
+
+def test_a_soft_device_marks_the_result() -> None:
+    mixed = machine(replace(GPU, tee="soft-nvidia-gpu"), TPM, GPU)
+    token = issue(mixed, policy=soft_policy(accept=frozenset({"tdx", "simulated"})), reasons=())
+    assert body(token)["cloister.insecure-simulated"] is True
+    result = read(token)
+    assert (result.soft, result.status, result.tee) == (True, "warning", "tdx")
+    unwanted = judged(mixed)
+    assert unwanted.status == "contraindicated"
+    assert unwanted.devices["gpu0"].vector["hardware"] == ear.UNRECOGNISED_HARDWARE
+
+
+def test_the_memory_of_an_attested_host_is_open_to_its_operator() -> None:
+    host = replace(real_claims(), kind="attested-host", tee="tpm", boot="sha256:a")
+    policy = replace(REAL_POLICY, kind="attested-host", accept=frozenset(), boot=frozenset({"sha256:a"}))
+    result = judged(host, policy, binding())
+    assert (result.status, result.vector["runtime-opaque"]) == ("warning", ear.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("rule", "claim"),
+    [
+        ("min_svn.snp", "hardware"),
+        ("max_tcb_age", "hardware"),
+        ("require.smt", "configuration"),
+        ("platforms.allow", "instance-identity"),
+        ("platforms.deny", "instance-identity"),
+        ("gpus.allow", "instance-identity"),
+        ("boot_log", "executables"),
+        ("software.a.mrtd", "executables"),
+        ("software.a.debug", "executables"),
+    ],
+)
+def test_every_rule_speaks_about_one_claim(rule: str, claim: str) -> None:
+    result = read(issue(reasons=(Reason(f"place.enclave.{rule}", "x", "y"),)))
+    assert {name for name, value in result.vector.items() if value == ear.CONTRAINDICATED} == {claim}
+
+
+def test_many_long_reasons_still_fit() -> None:
+    devices = tuple(replace(GPU, tcb_status="x" * 5000) for _ in range(16))
+    reasons = tuple(Reason(f"place.enclave.gpu{n % 16}.tcb_status", "x" * 5000, "y" * 5000) for n in range(2000))
+    result = read(issue(replace(real_claims(), devices=devices), reasons=reasons))
+    assert sum(len(part.reasons) for part in result.devices.values()) == ear.MAX_REASONS
+    assert all(part.status == "contraindicated" for part in result.devices.values())  # also of those left out
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"gpu0": {}},
+        {"gpu": None},
+        {"gpu0": []},
+        {f"gpu{n}": None for n in range(17)},
+        {"../x": None},
+    ],
+)
+def test_other_submodules_are_malformed(others: dict[str, Any]) -> None:
+    claims = body(issue())
+    cpu = claims["submods"]["cpu0"]
+    submods = {"cpu0": cpu} | {name: cpu if value is None else value for name, value in others.items()}
+    assert refusal(read, sign(claims | {"submods": submods})).code == "evidence-malformed"
+
+
+def test_parts_of_different_policies_are_no_result() -> None:
+    claims = body(issue())
+    other = claims["submods"]["cpu0"] | {"ear.appraisal-policy-id": "sha256:0"}
+    assert refusal(read, sign(claims | {"submods": claims["submods"] | {"gpu0": other}})).code == "evidence-malformed"
