@@ -433,7 +433,8 @@ def test_no_splice_gives_another_exception(data: st.DataObject) -> None:
 @settings(max_examples=100)
 @given(
     st.dictionaries(
-        st.sampled_from(sorted(nitro_format.MANDATORY | nitro_format.OPTIONAL)), st.binary() | st.integers()
+        st.sampled_from(sorted(nitro_format.MANDATORY | nitro_format.OPTIONAL)),
+        st.binary() | st.integers(-(2**64), 2**64 - 1),
     )
 )
 def test_no_value_of_another_type_gives_another_exception(changes: dict[str, Any]) -> None:
