@@ -37,6 +37,7 @@ def check_path(
     crls: Sequence[RevocationList] = (),
     revocation: bool = False,
     understood: frozenset[str] = frozenset(),
+    anchored: bool = False,
 ) -> datetime:
     """Prove that `chain` (leaf first, self-signed root last) holds at `now`; return when its first part ends.
 
@@ -44,6 +45,8 @@ def check_path(
         crls: revocation lists of any of the issuers; each is checked (signature, time) before it is believed.
         revocation: demand a current CRL for every certificate but the root.
         understood: dotted OIDs of further critical extensions that the caller reads.
+        anchored: the caller believes the last certificate by its bytes (RFC 5280, 6.1.1 (d)): it need not be self-signed, so
+            nobody else's key is looked for. Time, critical extensions and its authority over the one before still count.
 
     Raises:
         EvidenceError: `evidence-not-authentic`; `Reason.where` is `<where>.<fault>`.
@@ -70,16 +73,17 @@ def check_path(
             )
         if now > certificate.not_after:
             refuse("expired", f"{name}: ended {certificate.not_after:%Y-%m-%d %H:%M}", f"valid at {now:%Y-%m-%d %H:%M}")
+        trusted = anchored and depth == len(chain) - 1
         # (2)
-        if certificate.issuer_der != issuer.subject_der:
+        if not trusted and certificate.issuer_der != issuer.subject_der:
             refuse("issuer", f"{name}: issued by another name", issuer.subject)
         # (3)
-        if not issuer.authority:
+        if not trusted and not issuer.authority:
             refuse("authority", f"{issuer.subject}: not a CA for certificates", "an authority")
         elif issuer.path_length is not None and depth > issuer.path_length and issuer is not certificate:
             refuse("authority", f"{issuer.subject}: {depth} authorities below it", f"at most {issuer.path_length}")
         # (4)
-        if not _signed(certificate, issuer):
+        if not trusted and not _signed(certificate, issuer):
             refuse("signature", f"{name}: not signed by {issuer.subject}", "a signature of its issuer")
         # (5)
         unknown = certificate.critical - UNDERSTOOD - understood
