@@ -178,6 +178,9 @@ def _plain(data: bytes) -> Certificate:
     length = constraints["path_len_constraint"].native if constraints is not None else None
     allows = usage is None or "key_cert_sign" in usage.native
     algorithm = loaded["signature_algorithm"]
+    # nobody signs this one, so it must be what is signed (RFC 5280, 4.1.1.2)
+    if algorithm.dump() != body["signature"].dump():
+        raise ValueError("two signature algorithms")
     name = algorithm.signature_algo
     hash_name = algorithm.hash_algo
     parameters: Any = padding.PKCS1v15()
@@ -190,8 +193,11 @@ def _plain(data: bytes) -> Certificate:
     elif name != "rsassa_pkcs1v15":
         raise ValueError(f"signature algorithm {name}")
 
+    # asn1crypto parses late: now, while its exceptions are caught
+    signature, body_der, hash_ = loaded.signature, body.dump(), _HASHES[hash_name]
+
     def signed(issuer: Certificate) -> bool:
-        return check_signature(issuer.key, loaded.signature, body.dump(), _HASHES[hash_name], parameters)
+        return check_signature(issuer.key, signature, body_der, hash_, parameters)
 
     return Certificate(
         der=data,
