@@ -9,15 +9,20 @@ import ctypes
 import errno
 import hashlib
 import os
+import shutil
+import signal
 import struct
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cbor2
+import pytest
 
 from cloister.attestation import events as event_log
-from cloister.attestation.edge import nsm
+from cloister.attestation.edge import nsm, tpmclient
 from cloister.attestation.edge.files import READ_LIMIT, Files
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.testkit.softtee import MEASUREMENT
@@ -201,3 +206,74 @@ class Nsm(nsm.Device):
         return cbor2.dumps(
             [b"", {}, cbor2.dumps({"pcrs": {i: self.pcrs[i] for i in sorted(self.locked)}} | fields), b""]
         )
+
+
+class SwTpm:
+    """A swtpm in a folder of its own, over Unix sockets. Skips the test where swtpm is not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("swtpm")
+        if program is None:
+            pytest.skip("swtpm is not installed")
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.socket = folder / "s"
+        self._command = [
+            program, "socket", "--tpm2", "--tpmstate", f"dir={folder}", "--flags", "not-need-init,startup-clear",
+            "--server", f"type=unixio,path={self.socket}", "--ctrl", f"type=unixio,path={folder / 'c'}",
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 20
+        while not self.socket.exists():
+            assert time.monotonic() < until, "swtpm does not start"
+            assert self._process.poll() is None, "swtpm ended"
+            time.sleep(0.005)
+
+    def stop(self, *, kill: bool = False) -> None:
+        """`kill`: as a power cut, without TPM2_Shutdown."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        self.stop(kill=True)
+        self.start()
+
+    def transport(self) -> tpmclient.Transport:
+        """A connection; swtpm ends with its only client unless it is told otherwise, so it is started again."""
+        if self._process is None or self._process.poll() is not None:
+            self.start()
+        return tpmclient.SocketTransport(self.socket, timeout=20)
+
+
+class Proxy:
+    """A transport in front of another one. `answers` replaces the next answers: bytes, an error, or a function of the real one."""
+
+    def __init__(self, inner: tpmclient.Transport) -> None:
+        self.inner = inner
+        self.answers: list[bytes | OSError | Callable[[bytes], bytes] | None] = []
+        self.sent: list[int] = []
+
+    def exchange(self, command: bytes) -> bytes:
+        self.sent.append(struct.unpack_from(">I", command, 6)[0])
+        answer = self.answers.pop(0) if self.answers else None
+        if isinstance(answer, OSError):
+            raise answer
+        if isinstance(answer, bytes):
+            return answer
+        real = self.inner.exchange(command)
+        return real if answer is None else answer(real)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def refusal_of_tpm(rc: int) -> bytes:
+    """A TPM's answer that carries only a response code."""
+    return struct.pack(">HII", 0x8001, 10, rc)

@@ -454,14 +454,18 @@ class Tpm:
         """Return what MakeCredential put into `credential` for the key `key`: proof that both live in this TPM.
 
         Args:
-            credential: TPM2B_ID_OBJECT, secret: TPM2B_ENCRYPTED_SECRET, both with their lengths.
+            credential: contents of TPM2B_ID_OBJECT.
+            secret: contents of TPM2B_ENCRYPTED_SECRET; both as `tpm.enrol.make_credential` returns them.
 
         Raises:
-            TpmError: 0x1df or 0x2d..: made for another key, or another TPM.
+            TpmError: 0x1df: made for another key; other codes: for another TPM.
         """
         with self._endorsement_session() as session:
             _, answer = self.execute(
-                ACTIVATE_CREDENTIAL, (key.handle, ek.handle), credential + secret, sessions=(PASSWORD, session)
+                ACTIVATE_CREDENTIAL,
+                (key.handle, ek.handle),
+                _sized(credential) + _sized(secret),
+                sessions=(PASSWORD, session),
             )
         return _Reader(answer, ACTIVATE_CREDENTIAL).sized()
 
