@@ -1,0 +1,1 @@
+"""Arm CCA, experimental: attestation tokens of realms. *format* reads bytes, *verify* decides whether they are authentic."""
