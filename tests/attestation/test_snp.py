@@ -139,7 +139,7 @@ def test_certificates_may_come_from_the_host_s_table_or_from_the_relying_party()
     machine = soft_snp.machine()
     table = good(machine, table=True)
     assert len(table.parts["table"]) % 4096 == 0
-    alone = Endorsements(tuple(item for item in ENDORSED.items if item.subject.endswith("/crl")))
+    alone = Endorsements(tuple(item for item in ENDORSED.items if item.subject.endswith("/crl/soft")))
     assert claims(table, alone) == claims(good(machine))
     for each in (machine, soft_snp.machine(signer="vlek"), soft_snp.machine(line="Turin")):
         bare = replace(good(each), parts=MappingProxyType({}))
@@ -188,7 +188,7 @@ def test_a_pinned_root_behind_a_foreign_chain_is_refused() -> None:
     machine = soft_snp.machine(label="mallory")
     table = snp_format.table({"vcek": machine.leaf, "ask": theirs.ask, "ark": ours.ark})
     evidence = replace(good(machine), parts=MappingProxyType({"table": table}))
-    refused(evidence, "sev-snp.3-chain.signature", endorsements=without("Milan/vcek"))
+    refused(evidence, "sev-snp.3-chain.signature", endorsements=without("Milan/vcek/soft"))
 
 
 def test_the_relying_party_s_own_root_counts() -> None:
@@ -212,7 +212,7 @@ def test_a_vcek_under_the_authority_of_clouds_is_refused() -> None:
         middle = issuer.ask if other == "vcek" else issuer.asvk
         table = snp_format.table({signer: machine.leaf, "ask": middle, "ark": issuer.ark})
         evidence = replace(good(machine), parts=MappingProxyType({"table": table}))
-        refused(evidence, "sev-snp.3-chain.kind", endorsements=without(f"Milan/{signer}"))
+        refused(evidence, "sev-snp.3-chain.kind", endorsements=without(f"Milan/{signer}/soft"))
 
 
 def test_a_chain_of_another_line_is_refused() -> None:
@@ -224,7 +224,7 @@ def test_a_chain_of_another_line_is_refused() -> None:
 def test_a_chain_that_is_no_pair_is_refused() -> None:
     one = soft_snp.endorsements(ISSUED)[0].data.partition(b"-----END CERTIFICATE-----\n")
     for pem in (one[0] + one[1], soft_snp.endorsements(ISSUED)[0].data * 2):
-        items = (*without("Milan/vcek").items, Endorsement("sev-snp", "Milan/vcek", pem))
+        items = (*without("Milan/vcek/soft").items, Endorsement("sev-snp", "Milan/vcek", pem))
         refused(good(), "sev-snp.3-chain.format", endorsements=Endorsements(items), code="evidence-malformed")
 
 
@@ -264,8 +264,8 @@ def test_a_revoked_authority_is_refused() -> None:
 
 
 def test_without_a_revocation_list_nothing_is_accepted() -> None:
-    refused(good(), "sev-snp.4-revocation.revocation", endorsements=without("Milan/crl"))
-    assert snp_verify.examine(good(), without("Milan/crl"), SOFT, now=NOW, revocation=False).soft
+    refused(good(), "sev-snp.4-revocation.revocation", endorsements=without("Milan/crl/soft"))
+    assert snp_verify.examine(good(), without("Milan/crl/soft"), SOFT, now=NOW, revocation=False).soft
 
 
 def test_the_attester_cannot_bring_its_own_revocation_list() -> None:
@@ -275,7 +275,7 @@ def test_the_attester_cannot_bring_its_own_revocation_list() -> None:
         replace(good(), parts=MappingProxyType({"leaf": soft_snp.machine().leaf, "crl": listed})),
         "sev-snp.1-format",
         code="evidence-malformed",
-        endorsements=without("Milan/crl"),
+        endorsements=without("Milan/crl/soft"),
     )
 
 
@@ -297,10 +297,10 @@ def test_a_second_list_counts_too() -> None:
 
 def test_a_list_that_another_root_signed_is_refused() -> None:
     foreign = soft_snp.endorsements(ISSUED, label="mallory")[2].data
-    items = (*without("Milan/crl").items, Endorsement("sev-snp", "Milan/crl", foreign))
+    items = (*without("Milan/crl/soft").items, Endorsement("sev-snp", "Milan/crl", foreign))
     refused(good(), "sev-snp.4-revocation.revocation", endorsements=Endorsements(items))
     genoa = soft_snp.endorsements(ISSUED, lines=("Genoa",))[2].data
-    items = (*without("Milan/crl").items, Endorsement("sev-snp", "Milan/crl", genoa))
+    items = (*without("Milan/crl/soft").items, Endorsement("sev-snp", "Milan/crl", genoa))
     refused(good(), "sev-snp.4-revocation.revocation", endorsements=Endorsements(items))
 
 
@@ -698,6 +698,17 @@ def test_real_evidence_is_refused_without_a_revocation_list() -> None:
 
 
 @real
+def test_soft_collateral_stands_beside_amd_s() -> None:
+    """One set of endorsements for both, as a demonstration on a real machine has it: neither hides the other."""
+    entry = next(entry for entry in ENTRIES if entry["name"] == "milan-vcek-trustee")
+    one = case(entry)
+    evidence = Evidence("sev-snp", one.files["report"], (), MappingProxyType({"leaf": one.files["leaf"]}))
+    for both in (ENDORSED | files_snp.endorsements(one), files_snp.endorsements(one) | ENDORSED):
+        assert snp_verify.examine(evidence, both, SOFT, now=one.now, revocation=False).tee == "sev-snp"
+        assert claims(good(), both).tee == "soft-sev-snp"
+
+
+@real
 def test_a_nonce_is_compared() -> None:
     entry = next(entry for entry in ENTRIES if entry["name"] == "milan-vcek-trustee")
     report_data = snp_format.parse(case(entry).files["report"]).report_data
@@ -721,8 +732,8 @@ def test_vectors_under_the_soft_root_stay_real() -> None:
 def test_files_under_the_soft_root() -> None:
     """The same door for unknown files: PEM leaves, tables, a revocation list as collateral."""
     machine = soft_snp.machine()
-    chains = {item.subject: item.data for item in ENDORSED.items if not item.subject.endswith("/crl")}
-    crl = {"milan.crl": ENDORSED.get("sev-snp", "Milan/crl") or b"", "noise.txt": b"noise"}
+    chains = {item.subject: item.data for item in ENDORSED.items if not item.subject.endswith("/crl/soft")}
+    crl = {"milan.crl": ENDORSED.get("sev-snp", "Milan/crl/soft") or b"", "noise.txt": b"noise"}
     files = {"report": good().quote, "leaf": machine.leaf}
     one = Case("snp", files, NOW, chains=chains, roots=SOFT, collateral=crl)
     observed = files_snp.observe(one)
@@ -738,8 +749,10 @@ def test_files_under_the_soft_root() -> None:
         observed = files_snp.observe(replace(one, files=broken))
         assert observed.facts == {"authentic": False}
         assert any(step.state == "failed" for step in observed.steps)
-    observed = files_snp.observe(replace(one, files={"milan": chains["Milan/vcek"], "turin": chains["Turin/vlek"]}))
+    observed = files_snp.observe(
+        replace(one, files={"milan": chains["Milan/vcek/soft"], "turin": chains["Turin/vlek/soft"]})
+    )
     assert observed.facts["roots_sha256"] == [snp_roots.SOFT_MILAN, snp_roots.SOFT_TURIN]
-    assert files_snp.observe(replace(one, files={"x": chains["Milan/vcek"]}, roots=Roots())).facts == {
+    assert files_snp.observe(replace(one, files={"x": chains["Milan/vcek/soft"]}, roots=Roots())).facts == {
         "authentic": False
     }

@@ -14,10 +14,11 @@ Steps; an error names the step that refused:
   7 signature   the leaf's key signs the report, ECDSA P-384 with SHA-384                          AMD 56860, ATTESTATION_REPORT
   8 events      each event's data hashes to its digest; the log is bound in the report data        events.py, `fold`
 
-Where certificates come from: the ASK and ARK from the endorsement `<line>/vcek` or `<line>/vlek`, else from the table; the leaf
-from the evidence, else from the endorsement `vcek/<chip id>/<reported TCB>` (in hex; 8 bytes of chip id on Turin), else the first `vlek/..` whose key signed the report.
-It does not matter for belief: the chain ends at a pinned root. The revocation list does matter, so it comes from
-endorsements only (`<line>/crl`, and any other subject beginning so), and without one nothing is accepted.
+Where certificates come from: the ASK and ARK from an endorsement whose subject begins with `<line>/vcek` or `<line>/vlek` and that
+names the leaf's issuer, else from the table. The leaf from the evidence, else from the endorsement
+`vcek/<chip id>/<reported TCB>` (hex; 8 bytes of chip id on Turin), else the first `vlek/..` whose key signed the report. For belief it
+does not matter: the chain ends at a pinned root. The revocation list does matter, so it comes from endorsements only (subjects that begin
+with `<line>/crl`; every list of the root counts), and without one nothing is accepted.
 
 A leaf cannot be revoked: all have serial number 0, and ASK and ASVK publish no list. Deny a chip by `chip_id`, a cloud by `csp_id`,
 old firmware by its numbers.
@@ -101,7 +102,7 @@ def examine(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now
     turin = about.line == "Turin"
     tcbs = {name: report.tcb(name, turin=turin) for name in snp_format.TCBS}
     # (2)
-    intermediate, root = _authorities(about, table, endorsements)
+    intermediate, root = _authorities(leaf, about, table, endorsements)
     tee = choose(KIND, root.der, PINS, roots, where=_ROOT)
     # (3)
     chain = (leaf, intermediate, root)
@@ -187,14 +188,16 @@ def _list(der: bytes) -> pki_crl.RevocationList:
 
 
 def _authorities(
-    about: snp_format.Leaf, table: MappingProxyType[str, bytes], endorsements: Endorsements
+    leaf: Certificate, about: snp_format.Leaf, table: MappingProxyType[str, bytes], endorsements: Endorsements
 ) -> tuple[Certificate, Certificate]:
-    """Return ASK or ASVK, and ARK."""
+    """Return ASK or ASVK, and ARK: the endorsed pair that issues such leaves by name, or the table's."""
     subject = f"{about.line}/{about.signer}"
-    pem = endorsements.get(KIND, subject)
-    if pem is None and {"ask", "ark"} <= set(table):
+    pairs = [_pair(each) for each in endorsements.all(KIND, subject)]
+    pairs.sort(key=lambda pair: pair[0].subject_der != leaf.issuer_der)
+    named = bool(pairs) and pairs[0][0].subject_der == leaf.issuer_der
+    if not named and {"ask", "ark"} <= set(table):
         return _certificate(table["ask"]), _certificate(table["ark"])
-    pair = _pair(endorsements.find(KIND, subject, where=_CHAIN))
+    pair = pairs[0] if pairs else _pair(endorsements.find(KIND, subject, where=_CHAIN))
     if len(pair) != 2:
         raise EvidenceError(
             "the vendor's chain does not parse",
@@ -218,7 +221,8 @@ def _check_kinds(report: snp_format.Report, about: snp_format.Leaf, chain: tuple
 
 
 def _check_revocation(line: str, chain: tuple[Certificate, ...], endorsements: Endorsements, now: datetime) -> datetime:
-    crls = tuple(_list(each) for each in endorsements.all(KIND, f"{line}/crl"))
+    lists = (_list(each) for each in endorsements.all(KIND, f"{line}/crl"))
+    crls = tuple(each for each in lists if each.issuer_der == chain[-1].subject_der)
     check_path(chain[1:], now=now, where=_REVOCATION, crls=crls, revocation=True)
     return min(each.next_update for each in crls if each.next_update is not None)
 

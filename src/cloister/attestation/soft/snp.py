@@ -370,7 +370,7 @@ def endorsements(
 ) -> tuple[Endorsement, ...]:
     """Return chains and revocation lists for `lines`, the lists valid from `issued` for `lifetime`.
 
-    `revoked` holds `ask` or `asvk`.
+    `revoked` holds `ask` or `asvk`. The subjects end in `/soft`, so that they stand beside AMD's own.
 
     Raises:
         ValueError: `issued` has no time zone.
@@ -384,9 +384,9 @@ def endorsements(
         issuer = authority(line, label)
         for signer, middle in (("vcek", issuer.ask), ("vlek", issuer.asvk)):
             chain = b"".join(pem.armor("CERTIFICATE", each) for each in (middle, issuer.ark))
-            found.append(Endorsement(KIND, f"{line}/{signer}", chain))
+            found.append(Endorsement(KIND, f"{line}/{signer}/soft", chain))
         listed = revocation_list(issuer, serials, start, start + lifetime, number=number)
-        found.append(Endorsement(KIND, f"{line}/crl", listed))
+        found.append(Endorsement(KIND, f"{line}/crl/soft", listed))
     return tuple(found)
 
 
