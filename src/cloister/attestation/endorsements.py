@@ -24,8 +24,8 @@ class Endorsement:
     | --- | --- | --- |
     | `tdx`, `sgx` | FMSPC, upper-case hex | JSON of dcap-qvl's quote collateral v3 (TCB info of that TEE) |
     | `sev-snp` | `<Product>/vcek` or `<Product>/vlek` (`Milan/vcek`) | PEM: ASK or ASVK, then ARK |
-    | `sev-snp` | `<Product>/crl` | DER revocation list of the ARK |
-    | `sev-snp` | `vcek/<chip id hex>/<reported TCB hex>`, `vlek/<csp id>` | DER leaf certificate |
+    | `sev-snp` | `<Product>/crl` | DER revocation list of the ARK; further subjects that begin so count too |
+    | `sev-snp` | `vcek/<HWID hex>/<reported TCB hex>`, `vlek/<csp id>` | DER leaf certificate |
     | `nvidia-gpu` | RIM id (`NV_GPU_DRIVER_GH100_550.90.07`) | the vendor's signed RIM, XML |
     | `nvidia-gpu` | `ocsp/<serial of the certificate, hex>` | DER OCSP response |
     | `tpm` | `ak/<name of the AK, hex>` | what the relying party noted when it enrolled the AK: `tpm/enrol.py` |
