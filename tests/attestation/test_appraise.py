@@ -65,7 +65,7 @@ WANTED = Policy(
     max_tcb_age=timedelta(days=100),
     platform_allow=frozenset({("ppid", "0a"), ("ppid", "0b")}),
     platform_deny=frozenset({("ppid", "0c"), ("ueid", "aa02")}),
-    gpu_allow=frozenset({"aa01"}),
+    gpu_allow=frozenset({("ueid", "aa01")}),
     require_attested_boot=True,
 )
 """Every rule that a policy can have; `GOOD` keeps them all."""
@@ -494,7 +494,7 @@ _RULES: dict[str, st.SearchStrategy[Any]] = {
     "max_tcb_age": st.integers(0, 4000).map(lambda days: timedelta(days=days)),
     "platform_allow": st.frozensets(_IDS),
     "platform_deny": st.frozensets(_IDS),
-    "gpu_allow": st.frozensets(st.sampled_from(["01", "02"])),
+    "gpu_allow": st.frozensets(_IDS),
     "require_attested_boot": st.just(True),
 }
 """Every field of a policy that is a rule and is empty by default."""

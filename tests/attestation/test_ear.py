@@ -237,7 +237,7 @@ def test_the_policy_id_changes_with_every_field() -> None:
         {"max_tcb_age": timedelta(days=180)},
         {"platform_allow": frozenset({("ppid", "aa")})},
         {"platform_deny": frozenset({("ppid", "aa")})},
-        {"gpu_allow": frozenset({"aa"})},
+        {"gpu_allow": frozenset({("ueid", "aa")})},
         {"require_attested_boot": True},
     ]
     assert {next(iter(change)) for change in changes} == set(REAL_POLICY.__dataclass_fields__)

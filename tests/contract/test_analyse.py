@@ -128,17 +128,20 @@ def test_an_unknown_asset_is_a_callers_mistake() -> None:
             question(example(XRAY), "scans")
 
 
+SNP = "place.enclave.min_tcb: sev-snp has no TCB dates: refused until min_svn sets a floor for it"
 EXAMPLE_NOTES = {
     XRAY: [
+        SNP,
         "phase.train: whoever controls the measured OS of gpu-host is trusted with xrays, backbone",
         "phase.serve.answer: no total budget, only 2 000 a day until 2027-06-30",
     ],
     BANKS: [
         "party.auditor: no key has this fingerprint: its last letter is impossible",
+        SNP,
         "phase.refine: enclave holds the decryption keys of north-new, fraud-net",
         "phase.serve.answer: no total budget, only 50 000 a day until 2027-12-31",
     ],
-    ACME: [],
+    ACME: [SNP],
 }
 
 
@@ -194,9 +197,10 @@ def test_sealed_answers_without_padding_are_a_warning() -> None:
 
 
 def test_summary_is_what_check_prints() -> None:
-    assert analyse.summary(example(ACME)) == "acme-automl version 1: ok, no notes; must sign: acme, customer"
+    clean = changed(ACME, ('min_tcb = "2026-08"', 'min_tcb = "2026-08", min_svn = { sev-snp = { snp = 22 } }'))
+    assert analyse.summary(clean) == "acme-automl version 1: ok, no notes; must sign: acme, customer"
     assert analyse.summary(example(XRAY)).splitlines()[0] == (
-        "pneumonia-xray version 1: ok, 2 notes; must sign: hospital, vendor"
+        "pneumonia-xray version 1: ok, 3 notes; must sign: hospital, vendor"
     )
 
 

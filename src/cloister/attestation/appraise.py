@@ -127,11 +127,17 @@ def device_names(claims: Claims) -> tuple[str, ...]:
 
 
 def identities(claims: Claims) -> tuple[str, ...]:
-    """Return `name:value` of everything in `claims` that says which machine and devices it is of, sorted by machine first."""
-    found = [f"{name}:{value}" for name, value in sorted(claims.platform.items()) if name in IDENTITIES]
-    for device in claims.devices:
-        found += [f"{name}:{value}" for name, value in sorted(device.platform.items()) if name in IDENTITIES]
-    return tuple(found)
+    """Return `name:value` of everything in `claims` that says which machine it is, then those of its devices in order."""
+    return tuple(
+        f"{name}:{one.platform[name]}"
+        for one in (claims, *claims.devices)
+        for name in sorted(one.platform)
+        if name in IDENTITIES
+    )
+
+
+def _ids(claims: Claims) -> str:
+    return ", ".join(f"{name}:{value}" for name, value in sorted(claims.platform.items()) if name in IDENTITIES)
 
 
 def _type(claims: Claims) -> str:
@@ -212,9 +218,9 @@ def _require(at: str, claims: Claims, policy: Policy, refuse: _Refuse) -> None:
 def _platforms(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims], ...], refuse: _Refuse) -> None:
     # (6)
     if policy.platform_allow is not None and policy.platform_allow.isdisjoint(claims.platform.items()):
-        have = ", ".join(f"{name}:{value}" for name, value in sorted(claims.platform.items()) if name in IDENTITIES)
         wanted = _list(frozenset(f"{name}:{value}" for name, value in policy.platform_allow))
-        refuse("platforms.allow", have or "a machine without an id", wanted, "if this machine is yours, add its id")
+        hint = "if this machine is yours, add its id"
+        refuse("platforms.allow", _ids(claims) or "a machine without an id", wanted, hint)
     for at, one in (("", claims), *((f"{name}.", device) for name, device in devices)):
         for name, value in sorted(policy.platform_deny.intersection(one.platform.items())):
             refuse(f"{at}platforms.deny", f"{name}:{value}", "a machine that is not on the list")
@@ -240,13 +246,17 @@ def _gpus(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims], ...
             found = f"{', '.join(open_) or 'a GPU'} not confidential"
             refuse("gpu", found, "confidential, every GPU", "switch its confidential computing mode on")
     if policy.gpu_allow is not None:
-        wanted = _list(policy.gpu_allow)
+        wanted = _list(frozenset(f"{name}:{value}" for name, value in policy.gpu_allow))
         if not gpus:
             refuse("gpus.allow", "no evidence of a GPU", wanted)
         for name, device in gpus:
-            ueid = device.platform.get("ueid")
-            if ueid is None or ueid not in policy.gpu_allow:
-                refuse(f"{name}.gpus.allow", ueid or "no ueid", wanted, "if this GPU is yours, add its ueid")
+            if policy.gpu_allow.isdisjoint(device.platform.items()):
+                refuse(
+                    f"{name}.gpus.allow",
+                    _ids(device) or "a GPU without an id",
+                    wanted,
+                    "if this GPU is yours, add its id",
+                )
 
 
 def _boot(claims: Claims, policy: Policy, refuse: _Refuse) -> None:

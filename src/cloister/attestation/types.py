@@ -28,10 +28,12 @@ IDENTITIES: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "chip_id": frozenset({"sev-snp", "azure-snp"}),
         "csp_id": frozenset(),
         "module_id": frozenset({"nitro"}),
-        "instance_id": frozenset({"cca"}),
+        "instance_id": frozenset(),
         "ak": frozenset({"tpm"}),
         "ek": frozenset(),
         "ueid": frozenset({"nvidia-gpu"}),
+        "udid": frozenset(),
+        "device_key": frozenset({"nvidia-gpu"}),
     }
 )
 """Names in `Claims.platform` that say which machine it is, or whose: a policy may list them. Each with the TEE types that
@@ -173,8 +175,8 @@ class Policy:
     platform_deny: frozenset[tuple[str, str]] = frozenset()
     """(name, value): none may hold, of the machine or of any device. An id that this hardware always has (`IDENTITIES`) and
     that is absent refuses: a machine that hides its name is not shown to be another one."""
-    gpu_allow: frozenset[str] | None = None
-    """`ueid` of accepted GPUs: there must be a GPU, and each must be one of them. None sets no rule."""
+    gpu_allow: frozenset[tuple[str, str]] | None = None
+    """(name, value): there must be a GPU, and for each GPU at least one must hold. None sets no rule."""
     require_attested_boot: bool = False
     """A boot log must explain the boot registers."""
 

@@ -12,18 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, assert_never
 
 from cloister.contract.change import show, show_size
 from cloister.contract.model import (
     NOBODY,
     Answer,
     Board,
+    Build,
     Code,
     Contract,
     HePlace,
     HostPlace,
     Phase,
+    Platforms,
     TeePlace,
     key_bytes,
 )
@@ -182,6 +184,8 @@ def explain(contract: Contract) -> str:
         lines.extend(f"  {stream:<7} {', '.join(phase.metrics_to)}" for stream in phase.streams_out)
         if phase.answer is not None:
             lines.append(f"  answers {', '.join(phase.answer.to)}: {_answers(phase.answer)}")
+    lines.append("places")
+    lines.extend(f"  {place_text(contract, name)}" for name in contract.place)
     lines.append("who can read")
     for asset in assets(contract):
         lines.extend(f"  {line}" for line in readers_text(contract, asset).splitlines())
@@ -198,6 +202,70 @@ def explain(contract: Contract) -> str:
     lines.append(_count(len(notes)))
     lines.extend(f"  {'warning' if note.warning else 'note'}: {note}" for note in notes)
     return "\n".join(lines)
+
+
+def place_text(contract: Contract, name: str) -> str:
+    """Return in one sentence what `place` wants of a machine and of the software that runs there."""
+    place = contract.place[name]
+    match place:
+        case HePlace():
+            says = [f"any machine, {place.scheme}, keys at {place.refresh}"]
+        case HostPlace():
+            states = "1 boot state" if len(place.boot) == 1 else f"one of {len(place.boot)} boot states"
+            says = [f"a host whose measured OS is trusted, {states}"]
+            if place.files is not None:
+                says.append(f"files {place.files}")
+            says += _machines(place.platforms)
+        case TeePlace():
+            says = [" or ".join("a soft TEE" if tee == "simulated" else tee for tee in place.accept), *_wants(place)]
+        case never:
+            assert_never(never)
+    if place.debug:
+        says.append("debug allowed")
+    return f"{name}: {'; '.join(says)}"
+
+
+def _wants(place: TeePlace) -> Iterator[str]:
+    if place.min_tcb is not None:
+        yield f"firmware of {show(place.min_tcb)} or newer"
+    if place.tcb is not None:
+        yield f"TCB {' or '.join(place.tcb)}"
+    if place.max_tcb_age is not None:
+        yield f"a TCB level at most {place.max_tcb_age.days} days old"
+    if place.deny_advisories is not None:
+        yield f"not affected by {_few(place.deny_advisories)}"
+    for tee, numbers in (place.min_svn or {}).items():
+        yield f"{tee} with {', '.join(f'{number} {least} or more' for number, least in numbers.items())}"
+    for tee, switches in (place.require or {}).items():
+        yield f"{tee} with {', '.join(f'{switch} {_on(on)}' for switch, on in switches.items())}"
+    yield from _machines(place.platforms)
+    if place.gpu == "confidential":
+        yield "every GPU confidential" + (f" and one of {_few(place.gpus.allow)}" if place.gpus is not None else "")
+    if place.software:
+        yield f"software {' or '.join(_build(build) for build in place.software)}"
+
+
+def _machines(platforms: Platforms | None) -> Iterator[str]:
+    if platforms is not None and platforms.allow is not None:
+        yield f"only {_few(platforms.allow)}"
+    if platforms is not None and platforms.deny is not None:
+        yield f"never {_few(platforms.deny)}"
+
+
+def _build(build: Build) -> str:
+    rules = [*(build.measurements or {}), *(build.svns_equal or {}), *(build.svns_least or {})]
+    rules += [f"boot log {rule.index}" for rule in build.log]
+    return f"{build.label} ({build.tee + ': ' if build.tee else ''}{', '.join(dict.fromkeys(rules))})"
+
+
+def _few(items: tuple[str, ...]) -> str:
+    """Name a few; ids of machines are long, and a contract may list hundreds."""
+    named = ", ".join(item if len(item) <= 48 else f"{item[:47]}…" for item in items[:3])
+    return named if len(items) <= 3 else f"{named} and {len(items) - 3} more"
+
+
+def _on(on: bool) -> str:
+    return "on" if on else "off"
 
 
 def summary(contract: Contract) -> str:
@@ -360,12 +428,31 @@ def _lint_places(contract: Contract) -> Iterator[Note]:
         if isinstance(place, TeePlace):
             if "simulated" in place.accept:
                 yield Note(f"{here}.accept", "simulated: a soft TEE protects nothing", warning=True)
-            if place.min_tcb is None:
-                yield Note(
-                    f"{here}.min_tcb", "not set: old firmware is accepted if its vendor still calls it up to date"
-                )
+            yield from _lint_tcb(here, place)
         if isinstance(place, HostPlace) and place.files is None:
             yield Note(f"{here}.files", "not set: the boot state alone says what the host may run")
+
+
+_UNRATED = ("sev-snp", "nitro", "cca", "azure-snp")
+"""TEE types whose vendors publish no TCB levels: no status but `NotRated`, no date."""
+
+
+def _lint_tcb(here: str, place: TeePlace) -> Iterator[Note]:
+    unrated = [tee for tee in place.accept if tee in _UNRATED]
+    bare = [tee for tee in unrated if tee not in (place.min_svn or {})]
+    if place.min_tcb is None:
+        yield Note(f"{here}.min_tcb", "not set: old firmware is accepted if its vendor still calls it up to date")
+    elif bare:
+        yield Note(f"{here}.min_tcb", f"{', '.join(bare)} has no TCB dates: refused until min_svn sets a floor for it")
+    if place.max_tcb_age is not None and unrated:
+        yield Note(f"{here}.max_tcb_age", f"{', '.join(unrated)} has no TCB dates: always refused here", warning=True)
+    if place.tcb is not None:
+        weak = [status for status in place.tcb if status.startswith("OutOfDate")]
+        if weak:
+            text = f"{', '.join(weak)}: firmware with published holes is accepted"
+            yield Note(f"{here}.tcb", text, warning=True)
+        if unrated and "NotRated" not in place.tcb:
+            yield Note(f"{here}.tcb", f"{', '.join(unrated)} is always NotRated: always refused here", warning=True)
 
 
 def _lint_phase(contract: Contract, name: str, phase: Phase) -> Iterator[Note]:

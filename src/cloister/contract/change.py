@@ -262,7 +262,10 @@ def _walk(path: tuple[str, ...], value: object) -> Iterator[tuple[tuple[str, ...
     elif isinstance(value, Mapping | MappingProxyType):
         for key, entry in value.items():
             yield from _walk((*path, key), entry)
-    elif value is not None:
+    elif isinstance(value, tuple) and value and isinstance(value[0], Table):
+        for number, entry in enumerate(value):  # accepted builds go by their labels: their order means nothing
+            yield from _walk((*path, getattr(entry, "label", str(number))), entry)
+    elif value is not None and not (isinstance(value, tuple) and not value and path[-1] in ("software", "log")):
         yield path, show_size(value) if isinstance(value, int) and _is_size(path) else show(value)
 
 

@@ -8,7 +8,8 @@ Rules, in this order; all broken ones are reported:
    5 sandbox     its confinement is the one that the code entry demands
    6 asset       `read` or `write` lists it (secret code is read by the phase that runs it); `answer` exists
    7 debug       first rule of the appraisal
-   8 place       the rest of `cloister.attestation.appraise`: kind, type, TCB, GPU, boot, scheme, reference values
+   8 place       the rest of `cloister.attestation.appraise`: kind, type, TCB, switches, machines, GPUs, boot, scheme,
+                 reference values, software
    9 answer      the consumer is listed; `budget` and `per_day` are not used up
 Default deny: whatever no rule lists is refused. There is one policy engine: `compile_place` turns a place into the
 attestation policy, and rules 7 and 8 are that engine's. Keys of a phase at an `he` place are released to evidence of its
@@ -18,19 +19,33 @@ Signatures, evidence and counters were checked by the caller; `State` is what ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Final, Literal, assert_never
+from typing import Final, Literal, TypeVar, assert_never
 
 from cloister.attestation.appraise import appraise
-from cloister.attestation.types import Claims, Policy
-from cloister.contract.model import Contract, FileList, HePlace, HostPlace, Phase, SignedBy, TeePlace, key_bytes
+from cloister.attestation.types import Claims, LogRule, Policy, Software
+from cloister.contract.model import (
+    Build,
+    Contract,
+    FileList,
+    Hardware,
+    HePlace,
+    HostPlace,
+    Phase,
+    Platforms,
+    SignedBy,
+    TeePlace,
+    key_bytes,
+)
 from cloister.errors import Reason
 
 Operation = Literal["read", "write", "answer"]
+
+T = TypeVar("T", int, bool)
 
 IMA_SIGNER: Final = "ima-signer"
 """Measurement of an attested host: SHA-256 fingerprint (32 bytes) of the SSH key that signed every file that ran."""
@@ -163,7 +178,7 @@ def _place(
     policy = compile_place(contract, name)
     if reference_values:
         policy = replace(policy, reference_values=_both(policy.reference_values, reference_values))
-    found = appraise(request.claims, policy)
+    found = appraise(request.claims, policy, today=request.today)
     # an attested-host place has no `accept` list, so nothing there can name `simulated`
     if policy.kind == "he" and request.claims.soft:
         reasons.append(Reason(f"{policy.where}.kind", request.claims.tee, "hardware: soft evidence protects nothing"))
@@ -211,26 +226,66 @@ def compile_place(contract: Contract, place: str) -> Policy:
     where = f"place.{place}"
     match contract.place[place]:
         case TeePlace() as tee:
-            return Policy(
+            policy = Policy(
                 where,
                 kind="tee",
                 accept=frozenset(tee.accept),
                 min_tcb=tee.min_tcb,
-                debug=tee.debug,
+                max_tcb_age=tee.max_tcb_age,
+                deny_advisories=frozenset(tee.deny_advisories or ()),
+                min_svn=_by_name(tee.min_svn),
+                require=_by_name(tee.require),
                 gpu=tee.gpu,
+                gpu_allow=None if tee.gpus is None else _pairs(tee.gpus.allow),
+                software=tuple(_build(build) for build in tee.software),
+                debug=tee.debug,
             )
+            if tee.tcb is not None:
+                policy = replace(policy, tcb_statuses=frozenset(tee.tcb))
+            return _machines(policy, tee.platforms)
         case HostPlace() as host:
-            return Policy(
+            policy = Policy(
                 where,
                 kind="attested-host",
                 boot=frozenset(host.boot),
                 debug=host.debug,
                 reference_values=_file_rule(contract, host),
             )
+            return _machines(policy, host.platforms)
         case HePlace() as he:
             return Policy(where, kind="he", scheme=he.scheme, debug=he.debug)
         case never:
             assert_never(never)
+
+
+def _machines(policy: Policy, platforms: Platforms | None) -> Policy:
+    if platforms is None:
+        return policy
+    allow = None if platforms.allow is None else _pairs(platforms.allow)
+    return replace(policy, platform_allow=allow, platform_deny=_pairs(platforms.deny or ()))
+
+
+def _pairs(ids: Iterable[str]) -> frozenset[tuple[str, str]]:
+    return frozenset((name, value) for name, _, value in (each.partition(":") for each in ids))
+
+
+def _by_name(rules: Mapping[Hardware, Mapping[str, T]] | None) -> Mapping[str, Mapping[str, T]]:
+    return MappingProxyType({str(tee): named for tee, named in (rules or {}).items()})
+
+
+def _build(build: Build) -> Software:
+    return Software(
+        label=build.label,
+        tee=build.tee or "",
+        measurements=MappingProxyType(
+            {name: frozenset(map(bytes.fromhex, values)) for name, values in (build.measurements or {}).items()}
+        ),
+        svns_equal=build.svns_equal or MappingProxyType({}),
+        svns_least=build.svns_least or MappingProxyType({}),
+        log=tuple(
+            LogRule(rule.index, frozenset(map(bytes.fromhex, rule.digests)), only=rule.only) for rule in build.log
+        ),
+    )
 
 
 def _file_rule(contract: Contract, host: HostPlace) -> Mapping[str, frozenset[bytes]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -26,18 +26,50 @@ KEY: Final = r"^SHA256:[A-Za-z0-9+/]{43}$"
 MONTH: Final = r"^[0-9]{4}-(0[1-9]|1[0-2])$"
 SIZE: Final = r"^[1-9][0-9]{0,14} (B|KiB|MiB|GiB|TiB)$"
 DURATION: Final = r"^(0|[1-9][0-9]{0,8})(ms|s|min|h|d)$"
+HEX: Final = r"^([0-9a-f]{2}){1,64}$"
+WORD: Final = r"^[a-z][a-z0-9_.-]{0,39}$"
+LABEL: Final = r"^[a-z0-9][a-z0-9._-]{0,39}$"
+ADVISORY: Final = r"^[A-Z][A-Z0-9]*(-[A-Z0-9]+)+$"
+AGE: Final = r"^[1-9][0-9]{0,3}d$"
+_GPU_ID: Final = r"(ueid|udid|device_key):[0-9a-f]{1,128}"
+PLATFORM: Final = (
+    r"^((ppid|platform_instance_id):[0-9a-f]{32}|fmspc:[0-9a-f]{12}|chip_id:[0-9a-f]{128}|(ak|ek):[0-9a-f]{2,128}"
+    rf"|(csp_id|module_id|instance_id):[0-9A-Za-z][0-9A-Za-z=._-]{{0,127}}|{_GPU_ID})$"
+)
+GPU: Final = f"^{_GPU_ID}$"
 FILES: Final = r"^(signed-by:[a-z][a-z0-9-]{0,39}|sha256:[0-9a-f]{64})$"
 
 MAX_COUNT: Final = 2**53 - 1
 """Largest budget or size in bytes: what JSON carries exactly (RFC 8785)."""
 MAX_WORKERS: Final = 4096
+MAX_SOFTWARE: Final = 32
+"""Builds that one place accepts."""
+MAX_RULES: Final = 32
+"""Measurements, numbers, switches or log rules of one table."""
+MAX_VALUES: Final = 256
+"""Values, machines or advisories of one list."""
 MAX_DURATION: Final = timedelta(days=3660)
 
 NOBODY: Final = "nobody"
 PHASES: Final = ("train", "refine", "serve")
 
 Sandbox = Literal["none", "offline", "one-shot", "sealed"]
-Tee = Literal["sgx", "tdx", "sev-snp", "nitro", "simulated"]
+Cpu = Literal["sgx", "tdx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx"]
+Tee = Literal["sgx", "tdx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx", "simulated"]
+Hardware = Literal["sgx", "tdx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx", "nvidia-gpu", "tpm"]
+"""What a rule about numbers or switches can be for: a TEE type, or a device beside it."""
+CPUS: Final[tuple[str, ...]] = get_args(Cpu)
+GPU_IDS: Final = frozenset({"ueid", "udid", "device_key"})
+TcbStatus = Literal[
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+    "NotRated",
+]
+"""Intel's words (PCS API, TCB info v3) without `Revoked`, which nobody may accept; `NotRated`: the vendor has no such words."""
 Scheme = Literal["ckks-128", "bgv-128"]
 Form = Literal["label", "score", "full"]
 Leaf = Literal["metrics", "logs"]
@@ -70,6 +102,7 @@ def _pattern(pattern: str, wanted: str) -> Callable[[object], str]:
     return check
 
 
+_age_text = _pattern(AGE, 'a number of days such as "180d"')
 _size_text = _pattern(SIZE, 'a size such as "64 MiB" (B, KiB, MiB, GiB, TiB; one space)')
 _duration_text = _pattern(DURATION, 'a duration such as "72h" or "50ms" (ms, s, min, h, d; no space)')
 _month_text = _pattern(MONTH, 'a month as "YYYY-MM", 01 to 12')
@@ -102,6 +135,10 @@ def _interval(value: object) -> timedelta:
     return duration
 
 
+def _age(value: object) -> timedelta:
+    return timedelta(days=int(_age_text(value).removesuffix("d")))
+
+
 def _month(value: object) -> tuple[int, int]:
     year, month = _month_text(value).split("-")
     return int(year), int(month)
@@ -130,6 +167,27 @@ def _some(value: object) -> tuple[object, ...]:
     if not array:
         raise refusal("an array with at least one entry")
     return array
+
+
+def _some_tables(value: object) -> tuple[object, ...]:
+    if not isinstance(value, list) or not value:
+        raise refusal("an array of tables with at least one")
+    return tuple(value)
+
+
+def _at_most(most: int, what: str) -> Callable[[object], object]:
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > most:
+            raise refusal(f"at most {most} {what}")
+        return value
+
+    return check
+
+
+def _filled(value: object) -> object:
+    if isinstance(value, dict) and not value:
+        raise refusal("a table with at least one entry")
+    return value
 
 
 _ANY: Final = (BeforeValidator(_array), Field(json_schema_extra={"uniqueItems": True}))
@@ -213,6 +271,42 @@ Authority = Annotated[
 ]
 
 
+Hex = Annotated[
+    str,
+    BeforeValidator(_pattern(HEX, "2 to 128 lower-case hex digits")),
+    _text_schema(HEX, "a measurement in hex"),
+]
+Word = Annotated[
+    str,
+    BeforeValidator(_pattern(WORD, "a name as the evidence has it, such as mrtd, pcr7 or isvsvn")),
+    WithJsonSchema({"type": "string", "pattern": WORD}),
+]
+Advisory = Annotated[
+    str,
+    BeforeValidator(_pattern(ADVISORY, 'the id of an advisory such as "INTEL-SA-00837"')),
+    _text_schema(ADVISORY, "id of a vendor's advisory"),
+]
+Age = Annotated[timedelta, BeforeValidator(_age), _text_schema(AGE, 'a number of days, such as "180d"')]
+PlatformId = Annotated[
+    str,
+    BeforeValidator(
+        _pattern(PLATFORM, 'the id of a machine such as "ppid:0a1b…" or "chip_id:…" (`cloister verify` shows it)')
+    ),
+    _text_schema(PLATFORM, "name and value of an id in evidence"),
+]
+GpuId = Annotated[
+    str,
+    BeforeValidator(_pattern(GPU, 'the id of a GPU such as "ueid:48f2…", "udid:…" or "device_key:…"')),
+    _text_schema(GPU, "name and value of an id in a GPU's evidence"),
+]
+Number = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+Label = Annotated[
+    str,
+    BeforeValidator(_pattern(LABEL, "a label of at most 40 of a to z, 0 to 9, - _ and .")),
+    WithJsonSchema({"type": "string", "pattern": LABEL}),
+]
+
+
 def _frozen_map(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return MappingProxyType(dict(value))
 
@@ -252,6 +346,75 @@ class Stream(Table):
     owner: Name
 
 
+_RULES: Final = (
+    BeforeValidator(_filled),
+    BeforeValidator(_at_most(MAX_RULES, "entries")),
+    AfterValidator(_frozen_map),
+    Field(json_schema_extra={"minProperties": 1}),
+)
+_VALUES: Final = (BeforeValidator(_some), BeforeValidator(_at_most(MAX_VALUES, "entries")))
+_VALUES_SCHEMA: Final = Field(json_schema_extra={"minItems": 1, "uniqueItems": True})
+
+Advisories = Annotated[tuple[Advisory, ...], *_VALUES, _VALUES_SCHEMA]
+PlatformIds = Annotated[tuple[PlatformId, ...], *_VALUES, _VALUES_SCHEMA]
+GpuIds = Annotated[tuple[GpuId, ...], *_VALUES, _VALUES_SCHEMA]
+HexValues = Annotated[tuple[Hex, ...], *_VALUES, _VALUES_SCHEMA]
+Measurements = Annotated[Mapping[Word, HexValues], *_RULES]
+Numbers = Annotated[Mapping[Word, Number], *_RULES]
+Switches = Annotated[Mapping[Word, Annotated[bool, Field(strict=True)]], *_RULES]
+MinSvn = Annotated[Mapping[Hardware, Numbers], *_RULES]
+Require = Annotated[Mapping[Hardware, Switches], *_RULES]
+
+
+class Platforms(Table):
+    """Which machines: by an id that their evidence shows."""
+
+    allow: PlatformIds | None = None
+    """At least one of them must be the machine's. Without it every genuine machine is accepted."""
+    deny: PlatformIds | None = None
+    """None of them may be the machine's or a device's."""
+
+
+class Gpus(Table):
+    """Which GPUs, besides their machine."""
+
+    allow: GpuIds
+    """Every GPU of the machine must be one of them."""
+
+
+class BootRule(Table):
+    """What a boot log that replays to the signed registers must hold."""
+
+    index: Annotated[int, Field(strict=True, ge=0, le=23)]
+    """Number of the register: a PCR or an RTMR."""
+    digests: HexValues
+    """Digests of accepted events."""
+    only: bool = False
+    """No other event may be in this register; otherwise one of them must be."""
+
+
+class Build(Table):
+    """Software that may run here: every rule of it must hold."""
+
+    label: Label
+    """Its name in messages."""
+    tee: Cpu | None = None
+    """The TEE type that it is for."""
+    measurements: Measurements | None = None
+    """Measurement -> accepted values."""
+    svns_equal: Numbers | None = None
+    """Number -> its value, such as a product id."""
+    svns_least: Numbers | None = None
+    """Number -> its least value, such as a security version."""
+    log: Annotated[
+        tuple[BootRule, ...],
+        BeforeValidator(_some_tables),
+        BeforeValidator(_at_most(MAX_RULES, "rules")),
+        Field(json_schema_extra={"minItems": 1}),
+    ] = ()
+    """Rules for the boot log, where registers differ from boot to boot."""
+
+
 class TeePlace(Table):
     """A trusted execution environment."""
 
@@ -260,7 +423,28 @@ class TeePlace(Table):
     """TEE types; `simulated` stands for every soft TEE, which protects nothing."""
     min_tcb: Month | None = None
     """Oldest firmware accepted."""
+    tcb: Annotated[tuple[TcbStatus, ...], *_SOME] | None = None
+    """TCB statuses accepted; without it UpToDate, SWHardeningNeeded and NotRated."""
+    max_tcb_age: Age | None = None
+    """Oldest date of the platform's TCB level, in days before the decision."""
+    deny_advisories: Advisories | None = None
+    """Advisories that the platform may not be affected by."""
+    min_svn: MinSvn | None = None
+    """TEE type -> security version number -> least value."""
+    require: Require | None = None
+    """TEE type -> switch of the platform -> on or off."""
+    platforms: Platforms | None = None
+    """Which machines; without it every genuine one."""
     gpu: Literal["none", "confidential"] = "none"
+    gpus: Gpus | None = None
+    """Which GPUs; needs `gpu = "confidential"`."""
+    software: Annotated[
+        tuple[Build, ...],
+        BeforeValidator(_some_tables),
+        BeforeValidator(_at_most(MAX_SOFTWARE, "builds")),
+        Field(json_schema_extra={"minItems": 1}),
+    ] = ()
+    """Accepted builds, any one of them; without it the broker's list alone counts."""
     debug: bool = False
 
 
@@ -272,6 +456,8 @@ class HostPlace(Table):
     """Accepted boot states."""
     files: Files | None = None
     """What the host may run."""
+    platforms: Platforms | None = None
+    """Which machines; without it every genuine one."""
     debug: bool = False
 
 

@@ -9,7 +9,8 @@ Steps, in this order; all findings of steps 2 to 5 are reported together, by lin
       names      owners (parties, boards) share one name space; code, data, streams and outputs another; reserved words
       parties    one fingerprint, one party
       owners     a party or a board; only outputs may belong to `nobody`
-      places     `refresh` is a tee place; `files` names a party
+      places     `refresh` is a tee place; `files` names a party; a rule for a TEE type is for one that is accepted;
+                 `gpus` needs a GPU; accepted builds have labels of their own and at least one rule
       phases     every name is declared; an output has one owner, and overwritten data keeps its owner
       code       secret code is sealed; sealed code leaves nothing but outputs and answers of constant size
       boards     members are parties, `need` is reachable, `veto` is a subset
@@ -273,6 +274,40 @@ class _Draft:
                     self.refuse(path, f"{place.refresh!r} of kind {target.kind}", "a place of kind tee: it decrypts")
             if isinstance(place, model.HostPlace) and isinstance(place.files, model.SignedBy):
                 self._known(("place", name, "files"), place.files.party, self.declared["party"], "a party")
+            if isinstance(place, model.TeePlace):
+                self._rule_tee_place(("place", name), place)
+            if isinstance(place, model.TeePlace | model.HostPlace) and place.platforms is not None:
+                self._rule_platforms(("place", name, "platforms"), place.platforms)
+
+    def _rule_tee_place(self, here: Path, place: model.TeePlace) -> None:
+        # a soft TEE plays any hardware, so rules for each of them have a meaning there
+        accepted = model.CPUS if "simulated" in place.accept else place.accept
+        devices = ("nvidia-gpu", "tpm") if place.gpu == "confidential" else ("tpm",)
+        for key, rules in (("min_svn", place.min_svn), ("require", place.require)):
+            for tee in rules or ():
+                self._known((*here, key, tee), tee, (*accepted, *devices), "a type that this place accepts")
+        if place.gpus is not None and place.gpu != "confidential":
+            self.refuse((*here, "gpus"), f"gpu {place.gpu!r}", 'gpu = "confidential" too')
+        labels: set[str] = set()
+        for index, build in enumerate(place.software):
+            path = (*here, "software", index)
+            if build.label in labels:
+                self.refuse((*path, "label"), repr(build.label), "a label of its own for each build")
+            labels.add(build.label)
+            if build.tee is not None:
+                self._known((*path, "tee"), build.tee, accepted, "a type that this place accepts")
+            if not (build.measurements or build.svns_equal or build.svns_least or build.log):
+                wanted = "measurements, svns_equal, svns_least or log: without a rule it would be any software"
+                self.refuse(path, "no rule", wanted)
+
+    def _rule_platforms(self, here: Path, platforms: model.Platforms) -> None:
+        if platforms.allow is None and platforms.deny is None:
+            self.refuse(here, "nothing", "`allow`, `deny` or both")
+        for item in platforms.allow or ():
+            if item in (platforms.deny or ()):
+                self.refuse((*here, "deny"), repr(item), "no machine that is in `allow` too")
+            if item.split(":", 1)[0] in model.GPU_IDS:
+                self.refuse((*here, "allow"), repr(item), "machines", "GPUs are listed in `gpus.allow`")
 
     def _rule_phase(self, name: str, phase: model.Phase) -> None:
         here = ("phase", name)
@@ -513,7 +548,13 @@ def _known_keys(path: Path, full: Path, document: Mapping[str, Any]) -> tuple[st
             "attested-host": model.HostPlace,
             "he": model.HePlace,
         }
-        return tuple(places[kind].model_fields)
+        inner = str(full[2]) if len(full) > 3 else ""
+        nested: dict[str, type[model.Table]] = {
+            "platforms": model.Platforms,
+            "gpus": model.Gpus,
+            "software": model.BootRule if "log" in full[4:-1] else model.Build,
+        }
+        return tuple(nested.get(inner, places[kind]).model_fields)
     if section == "phase" and len(full) > 3:
         return tuple(model.Answer.model_fields)
     classes: dict[str, type[model.Table]] = {

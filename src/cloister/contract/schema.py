@@ -39,8 +39,11 @@ def _for_toml(node: Any) -> Any:
         node = {**kinds[0], **outer} if len(kinds) == 1 else {"anyOf": kinds, **outer}
     if isinstance(node.get("title"), str):  # a property called `title` would be a schema, not a text
         del node["title"]
-    if node.get("default") is None or "pattern" in node:
+    if node.get("default") is None or "pattern" in node or (node["default"] == [] and node.get("minItems")):
         node.pop("default", None)
+    if "enum" in node.get("propertyNames", {}):  # a closed set of names: editors complete `properties`
+        node["properties"] = dict.fromkeys(node.pop("propertyNames")["enum"], node["additionalProperties"])
+        node["additionalProperties"] = False
     if "patternProperties" in node:  # names of another form are unknown keys
         node["additionalProperties"] = False
     return {key: _for_toml(value) for key, value in node.items()}
