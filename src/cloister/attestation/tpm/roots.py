@@ -10,7 +10,7 @@ from typing import Final
 
 from cloister.attestation.roots import Pins
 
-SOFT_ROOT: Final = "SOFT_ROOT_HERE"
+SOFT_ROOT: Final = "de18d7060dac4e184d2aeb5c6ffbc93d1e0671a9b74d680dc10104dc2560cca5"
 """CN=Cloister SOFT TPM test root - protects nothing: made by `soft.tpm.authority`, its private key is public."""
 
 PINS: Final = Pins(vendor=frozenset(), soft=frozenset({SOFT_ROOT}))
