@@ -1,4 +1,4 @@
-"""A second implementation of the signature path of a TDX quote, for tests: it must agree with dcap-qvl.
+"""A second implementation of the signature path of an SGX or TDX quote, for tests: it must agree with dcap-qvl.
 
 It checks what needs no collateral: the certificate chain (signatures and validity at `at`), the QE report under the PCK
 key, the attestation key under the QE report, and the quote under the attestation key.
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from cloister.attestation.tdx.format import Quote
+from cloister.attestation.dcap.format import Quote
 
 
 def signatures_hold(quote: Quote, *, root_sha256: str, at: datetime) -> bool:

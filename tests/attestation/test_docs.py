@@ -1,22 +1,30 @@
-"""docs/attestation.md says what the code does: known answers, sizes, limits, steps, rules."""
+"""docs/attestation.md and the pages of SGX and TDX say what the code does: known answers, sizes, limits, steps, rules."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from cloister.attestation import evidence as wire
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import PURPOSES, Binding
+from cloister.attestation.dcap.qvl import SENTENCES
+from cloister.attestation.dcap.roots import INTEL_SGX_ROOT_CA
+from cloister.attestation.sgx import format as sgx_format
+from cloister.attestation.sgx import verify as sgx_verify
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.tdx import format as tdx_format
 from cloister.attestation.tdx import verify as tdx_verify
-from cloister.attestation.tdx.roots import INTEL_SGX_ROOT_CA
 from cloister.crypto.canonical import cbor_decode
 from cloister.testkit.softtee import SoftPlatform, soft_claims, soft_policy, workload
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "attestation.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "attestation.md").read_text()
+PAGES = DOCS / "attestation"
 
 
 def _section(title: str) -> str:
@@ -44,17 +52,31 @@ def test_limits_and_sizes_of_the_wire_format() -> None:
     assert f"a quote of {len(evidence.quote):,} bytes, {len(wire.encode(evidence)):,} on the wire" in section
 
 
-def test_every_step_of_the_tdx_verifier_has_a_row() -> None:
-    section = _section("TDX")
-    steps = re.findall(r"^\| `(tdx\.\d+-\w+)` \|", section, re.MULTILINE)
-    assert [int(step.split(".")[1].split("-")[0]) for step in steps] == list(range(1, 11))
-    assert {where for _, where, *_ in tdx_verify._STEPS} <= set(steps)
-    module = tdx_verify.__doc__ or ""
-    named = re.findall(r"^ +(\d+) (\w+) ", module, re.MULTILINE)
-    assert [f"tdx.{number}-{name}" for number, name in named] == steps
-    assert INTEL_SGX_ROOT_CA in section
-    for name in (*tdx_format.FIELDS, *tdx_format.FIELDS_15):
-        assert f"`{name}`" in section or name in {"rtmr1", "rtmr2"}
+@pytest.mark.parametrize("verifier", [sgx_verify, tdx_verify], ids=["sgx", "tdx"])
+def test_every_step_of_the_dcap_verifiers_has_a_row(verifier: ModuleType) -> None:
+    kind = verifier.KIND
+    page = (PAGES / f"{kind}.md").read_text()
+    assert f"[attestation/{kind}.md](attestation/{kind}.md)" in PAGE
+    steps = re.findall(rf"^\| `({kind}\.\d+-\w+)` \|", page, re.MULTILINE)
+    assert steps == list(verifier.STEPS)
+    assert [int(step.split(".")[1].split("-")[0]) for step in steps] == list(range(1, len(steps) + 1))
+    named = re.findall(r"^ +(\d+) (\w+) ", verifier.__doc__ or "", re.MULTILINE)
+    assert [f"{kind}.{number}-{name}" for number, name in named] == steps
+    assert {step for _, step, *_ in SENTENCES} <= {step.split(".", 1)[1] for step in steps}
+
+
+@pytest.mark.parametrize("form", [sgx_format, tdx_format], ids=["sgx", "tdx"])
+def test_every_field_and_switch_has_its_place_on_the_page(form: ModuleType) -> None:
+    page = (PAGES / f"{form.__name__.split('.')[-2]}.md").read_text()
+    for name, (offset, _) in form.Quote.FIELDS.items():
+        (row,) = re.findall(rf"^\|[^|]*`{name}`[^|]*\|([^|]*)\|", page, re.MULTILINE)[:1]
+        assert str(offset) in row
+    for name in form.ATTRIBUTES:
+        assert f"`{name}`" in page
+
+
+def test_the_pinned_root_is_on_the_page() -> None:
+    assert INTEL_SGX_ROOT_CA in (PAGES / "tdx.md").read_text()
 
 
 def test_rules_stand_in_the_order_of_the_page() -> None:

@@ -10,10 +10,11 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from cloister.attestation.dcap.roots import INTEL_SGX_ROOT_CA, PINS, SOFT_ROOT
 from cloister.attestation.roots import Roots
+from cloister.attestation.soft import intel
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.tdx import format as tdx_format
-from cloister.attestation.tdx.roots import INTEL_SGX_ROOT_CA, PINS, SOFT_ROOT
 from cloister.testkit.softtee import MEASUREMENT, NOW, SoftPlatform
 
 
@@ -30,10 +31,10 @@ def test_vendor_and_soft_roots_are_disjoint() -> None:
 
 def test_equal_arguments_give_equal_bytes() -> None:
     soft_tdx.authority.cache_clear()
-    soft_tdx.platform.cache_clear()
+    intel.machine.cache_clear()
     first = (SoftPlatform().evidence(), SoftPlatform().endorsements)
     soft_tdx.authority.cache_clear()
-    soft_tdx.platform.cache_clear()
+    intel.machine.cache_clear()
     assert (SoftPlatform().evidence(), SoftPlatform().endorsements) == first
 
 

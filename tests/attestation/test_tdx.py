@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import check_binding
+from cloister.attestation.dcap import collateral as dcap_collateral
+from cloister.attestation.dcap import qvl
+from cloister.attestation.dcap.roots import INTEL_SGX_ROOT_CA, SOFT_ROOT
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.events import workload_of
 from cloister.attestation.roots import Roots
 from cloister.attestation.soft import tdx as soft_tdx
-from cloister.attestation.tdx import collateral as tdx_collateral
 from cloister.attestation.tdx import format as tdx_format
-from cloister.attestation.tdx import verify as verify_module
-from cloister.attestation.tdx.roots import INTEL_SGX_ROOT_CA, SOFT_ROOT
 from cloister.attestation.types import Claims, Evidence
 from cloister.attestation.verify import VERIFIERS, verify
 from cloister.crypto.canonical import json_decode, json_encode
@@ -45,9 +45,16 @@ from tests.attestation.helpers import refusal, value_or_malformed
 from tests.attestation.oracle import signatures_hold
 
 
+def step(error: EvidenceError) -> str:
+    """Return the step that refused, without the fault behind it."""
+    return ".".join(error.reasons[0].where.split(".")[:2])
+
+
 def refused(platform: SoftPlatform, where: str, *, code: str = "evidence-not-authentic") -> EvidenceError:
+    """Return the refusal of `platform`, which must come from `where`: a step, or a step and its fault."""
     error = refusal(platform.claims)
-    assert (error.code, error.reasons[0].where) == (code, where), error
+    assert error.code == code, error
+    assert where in (error.reasons[0].where, step(error)), error
     assert error.exit_status == 4
     return error
 
@@ -68,7 +75,15 @@ def test_a_good_soft_platform_gives_all_claims() -> None:
     }  # fmt: skip
     assert claims.platform["ppid"] == platform.machine.ppid.hex()
     assert claims.platform["fmspc"] == soft_tdx.FMSPC.lower()
-    assert (claims.platform["sgx_type"], claims.platform["smt_enabled"]) == ("1", "True")
+    assert claims.platform["sgx_type"] == "1"
+    assert claims.launch == "mrtd"
+    assert claims.svns == {"pcesvn": 17, "tcb_evaluation_data_number": 1, "qe_isvsvn": 6, "tdx_module_svn": 5}
+    assert claims.attributes == {
+        "debug": False, "sept_ve_disable": True, "migratable": False, "pks": False, "kl": False, "perfmon": False,
+        "dynamic_platform": True, "cached_keys": True, "smt_enabled": True,
+    }  # fmt: skip
+    assert claims.valid_until == NOW - timedelta(days=1) + soft_tdx.LIFETIME
+    assert [line.split(",")[0] for line in claims.chain] == ["O=Cloister SOFT - protects nothing" for _ in range(3)]
     assert workload_of(claims) == workload()
     assert check_binding(claims, binding()) == ()
     assert appraise(claims, soft_policy()) == ()
@@ -106,16 +121,17 @@ def test_matrix(status: str, debug: bool, revoked: bool, time: str, bound: bool)
     if not authentic:
         error = refusal(platform.claims)
         assert error.code == "evidence-not-authentic"
-        assert error.reasons[0].where in {
+        faults = {
             name
             for name, fault in (
-                ("tdx.3-collateral", time != "valid"),
-                ("tdx.4-chain", revoked),
+                (f"tdx.3-collateral.{'future' if time == 'early' else 'expired'}", time != "valid"),
+                ("tdx.4-chain.revoked", revoked),
                 ("tdx.7-tcb", status == "Revoked"),
                 ("tdx.8-attributes", debug),
             )
             if fault
         }
+        assert {reason.where for reason in error.reasons} <= faults
         return
     claims = platform.claims()
     refusals = [reason.where for reason in appraise(claims, soft_policy())]
@@ -147,7 +163,7 @@ def test_policy_debug_cannot_admit_a_debug_td() -> None:
 
 
 def test_revoked_pck_is_refused() -> None:
-    error = refused(SoftPlatform(revoked=True), "tdx.4-chain")
+    error = refused(SoftPlatform(revoked=True), "tdx.4-chain.revoked")
     serial = f"{SoftPlatform().machine.serial:x}"
     assert f"serial {serial} is revoked" in error.reasons[0].found
 
@@ -164,13 +180,13 @@ def test_a_revoked_platform_ca_is_refused() -> None:
     platform = SoftPlatform()
     document = soft_tdx.collateral(NOW - timedelta(days=1), revoke_ca=True)
     platform.endorsements = Endorsements((Endorsement("tdx", soft_tdx.FMSPC, document),))
-    refused(platform, "tdx.4-chain")
+    refused(platform, "tdx.4-chain.revoked")
 
 
 def test_expired_collateral_cannot_hide_a_revocation() -> None:
     """Old collateral, from before the revocation, is refused by its age: it is no way around the CRL."""
     old = SoftPlatform(issued=NOW - timedelta(days=31))
-    error = refused(old, "tdx.3-collateral")
+    error = refused(old, "tdx.3-collateral.expired")
     assert error.reasons[0].hint == "fetch fresh collateral"
 
 
@@ -205,7 +221,7 @@ def test_collateral_of_a_foreign_authority_is_refused() -> None:
     platform.endorsements = SoftPlatform(label="mallory").endorsements
     error = refusal(platform.claims)
     assert error.code == "evidence-not-authentic"
-    assert error.reasons[0].where in {"tdx.3-collateral", "tdx.4-chain"}
+    assert step(error) == "tdx.3-collateral"
 
 
 def test_a_pinned_root_appended_to_a_foreign_chain_is_refused() -> None:
@@ -214,7 +230,8 @@ def test_a_pinned_root_appended_to_a_foreign_chain_is_refused() -> None:
     theirs, ours = (tdx_format.parse(each.evidence().quote) for each in (mallory, good))
     forged = _with_chain(mallory.evidence().quote, (*theirs.certificates[:2], ours.certificates[2]))
     error = refusal(verify, Evidence("tdx", forged), good.endorsements, SOFT_ROOTS, now=NOW)
-    assert error.reasons[0].where == "tdx.4-chain"
+    assert "tdx.4-chain.signature" in {reason.where for reason in error.reasons}
+    assert step(error) == "tdx.4-chain"
 
 
 def test_the_pck_of_another_machine_does_not_sign_for_this_one() -> None:
@@ -325,14 +342,16 @@ def test_two_parsers_that_disagree_are_a_refusal(monkeypatch: pytest.MonkeyPatch
 
 def test_the_debug_bit_is_read_again_by_our_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dcap-qvl that let debug pass would still give claims that every policy refuses."""
-    report = verify_module._dcap(
+    report = qvl.run(
+        tdx_format.TDX,
         SoftPlatform().evidence().quote,
         tdx_format.parse(SoftPlatform().evidence().quote),
-        tdx_collateral.parse(SoftPlatform().endorsements.items[0].data),
+        dcap_collateral.parse(SoftPlatform().endorsements.items[0].data),
+        (),
         NOW,
     )
     report["report"]["TD10"]["td_attributes"] = "0100001000000000"
-    monkeypatch.setattr(verify_module, "_dcap", lambda *_: report)
+    monkeypatch.setattr(qvl, "run", lambda *_: report)
     claims = SoftPlatform(debug=True).claims()
     assert claims.debug
     assert [reason.where for reason in appraise(claims, soft_policy())] == ["place.enclave.debug"]
@@ -345,7 +364,7 @@ def test_a_sentence_that_dcap_qvl_never_said_is_still_a_refusal(monkeypatch: pyt
         def verify_with_policy(self, *_: object) -> object:
             raise ValueError("Verification failed: something new")
 
-    monkeypatch.setattr(verify_module, "QuoteVerifier", Odd)
+    monkeypatch.setattr(qvl, "QuoteVerifier", Odd)
     error = refused(SoftPlatform(), "tdx.dcap-qvl")
     assert error.reasons[0].found == "something new"
 
@@ -400,7 +419,9 @@ def test_later_endorsements_replace_earlier_ones() -> None:
     evidence = platform.evidence()
     assert verify(evidence, old | platform.endorsements, SOFT_ROOTS, now=NOW).tcb_status == "UpToDate"
     refusal(verify, evidence, platform.endorsements | old, SOFT_ROOTS, now=NOW)
-    assert len((old | soft_collateral(NOW)).items) == 1
+    assert [item.kind for item in (old | soft_collateral(NOW)).items if item.subject == soft_tdx.FMSPC].count(
+        "tdx"
+    ) == 1
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -541,7 +562,7 @@ def test_a_pck_certificate_without_fmspc_is_malformed() -> None:
     platform = SoftPlatform()
     forged = _with_chain(quote, (chain[1], chain[1], chain[2]))
     error = refusal(verify, Evidence("tdx", forged), platform.endorsements, SOFT_ROOTS, now=NOW)
-    assert (error.code, error.reasons[0].where) == ("evidence-malformed", "tdx.1-format")
+    assert (error.code, error.reasons[0].where) == ("evidence-malformed", "tdx.4-chain.format")
 
 
 @given(st.binary(max_size=2000))
@@ -590,16 +611,28 @@ def _collateral(**change: Any) -> bytes:
         _collateral(tcb_info=[]),
         b'{"tcb_info":"a","tcb_info":"b"}',
         b"[" * 100_000,
-        b" " * (tdx_collateral.LIMIT + 1),
+        b" " * (dcap_collateral.LIMIT + 1),
     ],
 )
 def test_collateral_with_one_fault_is_malformed(data: bytes) -> None:
-    assert refusal(tdx_collateral.parse, data).code == "evidence-malformed"
+    assert refusal(dcap_collateral.parse, data).code == "evidence-malformed"
 
 
-@pytest.mark.parametrize("info", ["", "[]", '{"id":"SGX","fmspc":"00906ED50000"}', '{"id":"TDX","fmspc":"x"}'])
-def test_collateral_that_is_not_for_tdx_is_malformed(info: str) -> None:
-    assert refusal(tdx_collateral.fmspc, _collateral(tcb_info=info)).code == "evidence-malformed"
+@pytest.mark.parametrize(
+    "info",
+    [
+        "",
+        "[]",
+        '{"id":"TDX","fmspc":"00906ED50000"}',
+        json_encode(json_decode(_COLLATERAL["tcb_info"].encode()) | {"id": "XXX"}).decode(),
+        json_encode(json_decode(_COLLATERAL["tcb_info"].encode()) | {"fmspc": "x"}).decode(),
+        json_encode(json_decode(_COLLATERAL["tcb_info"].encode()) | {"issueDate": "yesterday"}).decode(),
+        json_encode(json_decode(_COLLATERAL["tcb_info"].encode()) | {"nextUpdate": "2026-12-19T12:00:00"}).decode(),
+        json_encode(json_decode(_COLLATERAL["tcb_info"].encode()) | {"tcbEvaluationDataNumber": True}).decode(),
+    ],
+)
+def test_collateral_whose_tcb_info_has_another_form_is_malformed(info: str) -> None:
+    assert refusal(dcap_collateral.parse, _collateral(tcb_info=info)).code == "evidence-malformed"
 
 
 def test_collateral_cannot_bring_its_own_pck_chain() -> None:
@@ -640,8 +673,7 @@ def test_no_changed_collateral_field_is_accepted(field: str) -> None:
 
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_are_collateral_or_malformed(data: bytes) -> None:
-    assert value_or_malformed(lambda: tdx_collateral.parse(data)) is None
-    assert value_or_malformed(lambda: tdx_collateral.fmspc(data)) is None
+    assert value_or_malformed(lambda: dcap_collateral.parse(data)) is None
 
 
 @given(

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from cloister.attestation.collateral.read import recognise
+from cloister.attestation.dcap import collateral as dcap_collateral
 from cloister.attestation.endorsements import Endorsement, Endorsements
+from cloister.attestation.soft import sgx as soft_sgx
+from cloister.attestation.soft import snp as soft_snp
 from cloister.attestation.soft import tdx as soft_tdx
-from cloister.attestation.tdx import collateral as tdx_collateral
 from cloister.errors import EvidenceError, InputError
 
 FILE_LIMIT: Final = 4 * 1024 * 1024
@@ -37,11 +39,11 @@ def soft_collateral(now: datetime) -> Endorsements:
 
 @lru_cache(maxsize=4)
 def _soft(issued: datetime) -> Endorsements:
-    return Endorsements((Endorsement("tdx", soft_tdx.FMSPC, soft_tdx.collateral(issued)),))
+    return Endorsements(soft_tdx.endorsements(issued) + soft_sgx.endorsements(issued) + soft_snp.endorsements(issued))
 
 
 def load_collateral(path: Path) -> Endorsements:
-    """Return the TDX collateral in the JSON file `path`, as dcap-qvl writes it.
+    """Return the SGX or TDX collateral in the JSON file `path`, as dcap-qvl writes it.
 
     Only its form is checked here; `verify` checks signatures and time.
 
@@ -50,14 +52,14 @@ def load_collateral(path: Path) -> Endorsements:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(tdx_collateral.LIMIT + 1)
+            data = file.read(dcap_collateral.LIMIT + 1)
     except OSError as error:
         raise InputError(f"the collateral file {path} cannot be read: {error.strerror}") from error
     try:
-        tdx_collateral.parse(data)
-        return Endorsements((Endorsement("tdx", tdx_collateral.fmspc(data), data),))
+        found = dcap_collateral.parse(data)
+        return Endorsements((Endorsement(found.kind, found.fmspc, data),))
     except EvidenceError as error:
-        raise InputError(f"the file {path} holds no TDX collateral", reasons=error.reasons) from error
+        raise InputError(f"the file {path} holds no SGX or TDX collateral", reasons=error.reasons) from error
 
 
 def load_all(paths: Sequence[Path]) -> Endorsements:
