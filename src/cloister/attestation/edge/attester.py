@@ -186,10 +186,17 @@ def _cca() -> Hardware:
     return CcaAttester()
 
 
+def _tpm() -> Hardware:
+    from cloister.attestation.edge.tpm import TpmAttester
+
+    return TpmAttester()
+
+
 HARDWARE: Final[Mapping[str, Find]] = MappingProxyType(
-    {"sgx": _sgx, "nitro": _nitro, "tdx": _tdx, "sev-snp": _snp, "cca": _cca}
+    {"sgx": _sgx, "nitro": _nitro, "tdx": _tdx, "sev-snp": _snp, "cca": _cca, "tpm": _tpm}
 )
-"""Kind -> its attester, in the order in which `auto` looks: what encloses a process comes before what encloses its machine."""
+"""Kind -> its attester, in the order in which `auto` looks: what encloses a process comes before what encloses
+its machine, and a TPM, which encloses nothing, is last."""
 
 
 def find_attester(kind: str = "auto", *, measurement: bytes) -> Attester:

@@ -101,6 +101,10 @@ class TpmError(MachineError):
         self.command, self.rc = command, rc
 
 
+class UnsteadyError(MachineError):
+    """PCRs changed while they were read: read them again."""
+
+
 def explain(rc: int) -> str:
     """Return what the response code `rc` says, in words (part 2, section 6.6)."""
     if rc & 0x80:
@@ -380,7 +384,8 @@ class Tpm:
         """Return the values of `indices` of `bank`, not authenticated.
 
         Raises:
-            MachineError: the TPM has no such bank, or the values changed while they were read.
+            UnsteadyError: the values changed while they were read.
+            MachineError: the TPM has no such bank.
         """
         found: dict[int, bytes] = {}
         updates: set[int] = set()
@@ -402,7 +407,7 @@ class Tpm:
                 raise MachineError(f"the TPM gives PCRs of another size than {bank} has")
             found.update(zip(given, values, strict=True))
         if len(updates) > 1:
-            raise MachineError("PCRs changed while they were read")
+            raise UnsteadyError("PCRs changed while they were read")
         return found
 
     def extend_pcr(self, index: int, digests: dict[str, bytes]) -> None:
