@@ -46,7 +46,7 @@ class Device:
     udid: str
     """Serial number that the maker gave the device, hex; the same whatever firmware runs. Empty where it is not stated."""
     fwid: bytes
-    """SHA-384 of the firmware that owns the attestation key; empty where the leaf states none."""
+    """SHA-384 of the firmware that owns the attestation key."""
     debug: bool
     """The firmware says that it is in debug, recovery or insecure state (DiceTcbInfo flags)."""
 
@@ -67,7 +67,13 @@ def read(leaf: Certificate, *, where: str) -> Device:
         arch = ARCHITECTURES.get(product[:2])
         if arch is None:
             raise ValueError(f"chip {product[:32]!r}, of an architecture that this version does not know")
+        # no authority says whether the first certificate is revoked, so it must be one that no authority issues: a revoked
+        # device key that shows its own certificate as the first one would escape revocation otherwise
+        if leaf.authority:
+            raise ValueError(f"{leaf.subject}: the key of an authority, not of running firmware")
         fwid, debug = _fwid(leaf)
+        if not fwid:
+            raise ValueError(f"{leaf.subject}: no FWID")
         return Device(product, arch, udid, fwid, debug)
     except (ValueError, IndexError) as error:
         raise EvidenceError(

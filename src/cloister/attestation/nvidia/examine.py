@@ -155,7 +155,7 @@ def examine(
             Reason(
                 FWID,
                 reported.hex(),
-                device.fwid.hex() or "an FWID in the certificate",
+                device.fwid.hex(),
                 "the chain is of other firmware",
             )
         )
@@ -222,8 +222,7 @@ def examine(
             tcb_status=NOT_RATED,
             report_data=report.nonce,
             measurements=MappingProxyType(
-                {f"msr{index}": value for index, value in enumerate(report.measurements)}
-                | ({"fwid": device.fwid} if device.fwid else {})
+                {f"msr{index}": value for index, value in enumerate(report.measurements)} | {"fwid": device.fwid}
             ),
             svns=MappingProxyType(_svns(report)),
             attributes=MappingProxyType(_attributes(report)),

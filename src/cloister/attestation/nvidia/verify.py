@@ -24,9 +24,9 @@ and of the manifests' signers. Without both the verifier refuses. OCSP answers m
 live for a day; what the relying party has counts first, and whichever of the two says revoked counts always.
 
 Not checked on purpose: revocation of the first certificate. The device itself makes it, for the key of the firmware that runs; no
-authority knows its serial number, and NVIDIA's verifiers skip it too. Its issuer, the device key, is checked. Whether a GPU is the
-one that is plugged into the machine that sends this: the machine's measured software must establish the GPU's session and ask it with a
-nonce of its own binding (docs/attestation/nvidia.md).
+authority knows its serial number, and NVIDIA's verifiers skip it too. Its issuer, the device key, is checked, and the first one must
+be of that sort: no authority's, with an FWID. Nor does this say whether a GPU is plugged into the machine that sends its report: the
+machine's measured software must hold the session with the GPU and ask it for its own binding (docs/attestation/nvidia.md).
 
 MSR 35 (NVDEC0) is not compared where the report says that the decoder is disabled, as NVIDIA prescribes. Development mode of Hopper
 shows in no field of a report: it shows as measurements that no production manifest has.

@@ -40,7 +40,7 @@ __all__ = ["LIMIT", "Response", "check", "from_concatenated", "from_der_response
 
 LIMIT: Final = 64 * 1024
 """Largest response accepted, in bytes; real ones have 0.9 to 2 kB."""
-MOST: Final = 32
+MOST: Final = 16
 """Most responses in one concatenation."""
 OCSP_SIGNING: Final = "1.3.6.1.5.5.7.3.9"
 

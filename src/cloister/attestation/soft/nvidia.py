@@ -4,8 +4,8 @@ Every key here is derived from a published label, so everybody can make the same
 demonstrations, tests and CI walk the path of real evidence, through XML signatures and OCSP, and each fault can be made at will.
 Whatever is emitted says so: subject names, the board's project (`SOFT`), manifests, TEE type (`soft-nvidia-gpu`).
 
-Pure: keys come from labels, time is an argument. Reports, certificates and manifests are deterministic (RFC 6979); OCSP responses
-are signed by a library that offers no deterministic mode, so equal arguments give other bytes of the same meaning.
+Pure: keys come from labels, time is an argument, signatures are deterministic (RFC 6979), so equal arguments give equal bytes. The
+hashes of the roots are the constants `nvidia.roots.SOFT_DEVICE_ROOT` and `SOFT_RIM_ROOT`.
 
     authority()        both roots, their authorities and the manifests' signer; once per process
     gpu(...)           one device: its chain of five certificates; once per device
@@ -14,8 +14,9 @@ are signed by a library that offers no deterministic mode, so equal arguments gi
     driver_rim(...), vbios_rim(...)
     endorsements(...)  manifests and OCSP responses for some devices; once a day
 
-Formats: report as in nvidia/format.py, certificate extensions as in nvidia/device.py, manifest as in nvidia/rim.py. The manifest is
-written in canonical form and signed here, without signxml: its verifier checks a second implementation.
+Formats: report as in nvidia/format.py, certificate extensions as in nvidia/device.py, manifest as in nvidia/rim.py, OCSP responses as
+in RFC 6960, 4.2.1. Manifests are written in canonical form and signed here, without signxml, and OCSP responses without an ASN.1
+library: what verifies them is another implementation.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from cloister.attestation.endorsements import Endorsement, Endorsements
@@ -296,23 +296,34 @@ def ocsp_response(
         raise ValueError("`issued` has no time zone")
     start = issued.astimezone(UTC).replace(microsecond=0)
     signer = _responder(issuer) if delegated else issuer
-    builder = (
-        ocsp.OCSPResponseBuilder()
-        .add_response(
-            cert=subject.certificate,
-            issuer=issuer.certificate,
-            algorithm=SHA384(),
-            cert_status=ocsp.OCSPCertStatus[status.upper()],
-            this_update=start,
-            next_update=start + lifetime,
-            revocation_time=start if status == "revoked" else None,
-            revocation_reason=x509.ReasonFlags.key_compromise if status == "revoked" else None,
-        )
-        .responder_id(ocsp.OCSPResponderEncoding.HASH, signer.certificate)
+    # written by hand: the library's builder stamps producedAt with the clock and has no deterministic signature
+    sha384 = _der(0x30, _SHA384_OID + _der(0x05, b""))
+    name, key = issuer.certificate.subject.public_bytes(), _point(issuer.key)
+    about = _der(
+        0x30,
+        sha384
+        + _der(0x04, hashlib.sha384(name).digest())
+        + _der(0x04, hashlib.sha384(key).digest())
+        + _integer(subject.certificate.serial_number),
     )
-    if delegated:
-        builder = builder.certificates([signer.certificate])
-    return builder.sign(signer.key, SHA384()).public_bytes(Encoding.DER)
+    stamp = _time(start)
+    answer = {
+        "good": _der(0x80, b""),
+        "revoked": _der(0xA1, stamp + _der(0xA0, _der(0x0A, b"\x01"))),  # keyCompromise
+        "unknown": _der(0x82, b""),
+    }[status]
+    responder = hashlib.sha1(_point(signer.key), usedforsecurity=False).digest()
+    body = _der(
+        0x30,
+        _der(0xA2, _der(0x04, responder))
+        + stamp
+        + _der(0x30, _der(0x30, about + answer + stamp + _der(0xA0, _time(start + lifetime)))),
+    )
+    chain = _der(0xA0, _der(0x30, signer.certificate.public_bytes(Encoding.DER))) if delegated else b""
+    algorithm = _der(0x30, bytes.fromhex("06082a8648ce3d040303"))  # ecdsa-with-SHA384
+    basic = _der(0x30, body + algorithm + _der(0x03, b"\x00" + signer.key.sign(body, _SIGN)) + chain)
+    kind = bytes.fromhex("06092b0601050507300101")  # id-pkix-ocsp-basic
+    return _der(0x30, _der(0x0A, b"\x00") + _der(0xA0, _der(0x30, kind + _der(0x04, basic))))
 
 
 def staples(device: Gpu, issued: datetime, *, lifetime: timedelta = LIFETIME) -> bytes:
@@ -516,6 +527,18 @@ def _der(tag: int, value: bytes) -> bytes:
     if size < 0x100:
         return bytes([tag, 0x81, size]) + value
     return bytes([tag, 0x82]) + size.to_bytes(2, "big") + value
+
+
+def _integer(value: int) -> bytes:
+    return _der(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def _time(moment: datetime) -> bytes:
+    return _der(0x18, moment.strftime("%Y%m%d%H%M%SZ").encode())
+
+
+def _point(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
 
 def _sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
