@@ -92,6 +92,7 @@ def quote(
     tee_tcb_svn: bytes = TEE_TCB_SVN,
     boot: tuple[bytes, bytes, bytes] = (bytes(48), bytes(48), bytes(48)),
     mrservicetd: bytes | None = None,
+    mrconfigid: bytes = bytes(48),
 ) -> bytes:
     """Return a TDX quote of `machine` over the given registers; `boot` are RTMR 0 to 2, zero where nothing booted.
 
@@ -107,6 +108,7 @@ def quote(
         ("tee_tcb_svn", tee_tcb_svn, 16),
         ("boot", b"".join(boot), 144),
         ("mrservicetd", mrservicetd or bytes(48), 48),
+        ("mrconfigid", mrconfigid, 48),
     ):
         if len(value) != size:
             raise ValueError(f"{what} of {len(value)} bytes, wanted {size}")
@@ -120,7 +122,8 @@ def quote(
             attributes.to_bytes(8, "little"),
             XFAM,
             mrtd,
-            bytes(48 * 3),  # MRCONFIGID, MROWNER, MROWNERCONFIG
+            mrconfigid,
+            bytes(48 * 2),  # MROWNER, MROWNERCONFIG
             *boot,
             rtmr3,
             report_data,
