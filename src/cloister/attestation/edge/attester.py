@@ -126,6 +126,11 @@ class SoftTdxAttester:
     def name(self) -> str:
         return "soft-tdx"
 
+    @property
+    def launch(self) -> bytes:
+        """What a verifier finds as the launch measurement."""
+        return self._measurement
+
     def extend(self, name: str, data: bytes) -> None:
         entry = event_log.event(name, data)
         self._register = event_log.extend(self._register, entry.digest)
@@ -148,8 +153,20 @@ class SoftTdxAttester:
 Find = Callable[[], "Hardware"]
 
 
-class Hardware(Attester, Protocol):
-    """An attester that can say why it does not work here."""
+class Hardware(Protocol):
+    """An attester that can say why it does not work here, and that devices can be put beside."""
+
+    devices: tuple[DeviceAttester, ...]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def report_data_bytes(self) -> int: ...
+
+    def extend(self, name: str, data: bytes) -> None: ...
+
+    def evidence(self, report_data: bytes) -> Evidence: ...
 
     def missing(self) -> tuple[Reason, ...]:
         """Return what this machine lacks; empty means that it can be used."""
@@ -199,12 +216,16 @@ HARDWARE: Final[Mapping[str, Find]] = MappingProxyType(
 its machine, and a TPM, which encloses nothing, is last."""
 
 
+SOFT_KINDS: Final = ("soft-tdx", "soft-sev-snp", "soft-sgx", "soft-nitro", "soft-tpm", "soft-cca")
+"""Software that is made only when it is named; see `soft`."""
+
+
 def find_attester(kind: str = "auto", *, measurement: bytes) -> Attester:
     """Return the attester of this machine.
 
-    `auto` takes the first of `HARDWARE` that works here, and never software. A name demands that kind. `soft-tdx` is
-    software with MRTD = `measurement` (48 bytes) and protects nothing. On hardware the firmware measures, and `measurement`
-    is not used.
+    `auto` takes the first of `HARDWARE` that works here, and never software; GPUs whose confidential computing is on attest
+    beside it. A name demands that kind. A name of `SOFT_KINDS` is software that starts `measurement` (48 bytes) and protects
+    nothing. On hardware the firmware measures, and `measurement` is not used.
 
     Raises:
         MachineError: this machine has no such hardware; `reasons` say what is missing, one or more for each kind.
@@ -213,13 +234,20 @@ def find_attester(kind: str = "auto", *, measurement: bytes) -> Attester:
     """
     if kind == "soft-tdx":
         return SoftTdxAttester(measurement)
+    if kind in SOFT_KINDS:
+        from cloister.attestation.edge.soft import SOFT
+
+        return SOFT[kind](measurement)
     if kind != "auto" and kind not in HARDWARE:
-        raise InputError(f"unknown attester {kind!r}", hint=f"use auto, {', '.join(HARDWARE)} or soft-tdx")
+        raise InputError(
+            f"unknown attester {kind!r}", hint=f"use auto, {', '.join(HARDWARE)}, or soft-.. ({', '.join(SOFT_KINDS)})"
+        )
     reasons: list[Reason] = []
     for name in HARDWARE if kind == "auto" else (kind,):
         hardware = HARDWARE[name]()
         missing = hardware.missing()
         if not missing:
+            hardware.devices = _devices()
             return hardware
         reasons += (replace(reason, where=f"{name}.{reason.where}") for reason in missing)
     raise MachineError(
@@ -229,3 +257,9 @@ def find_attester(kind: str = "auto", *, measurement: bytes) -> Attester:
         reasons=reasons,
         hint="to try without any protection, name soft-tdx; contracts refuse it unless they accept simulated",
     )
+
+
+def _devices() -> tuple[DeviceAttester, ...]:
+    from cloister.attestation.edge.nvml import confidential_gpus
+
+    return confidential_gpus()
