@@ -53,7 +53,19 @@ from cloister.attestation.types import NOT_RATED, BootEvent, Claims, Evidence
 from cloister.crypto.canonical import cbor_decode, cbor_encode
 from cloister.errors import EvidenceError, Reason
 
-__all__ = ["KIND", "PARTS", "STEPS", "encode_pcrs", "join", "verify"]
+__all__ = [
+    "KIND",
+    "PARTS",
+    "STEPS",
+    "check_aggregate",
+    "check_boot",
+    "decode_pcrs",
+    "encode_pcrs",
+    "identity",
+    "join",
+    "split",
+    "verify",
+]
 
 KIND: Final = "tpm"
 
@@ -104,12 +116,12 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
     # (2)
     enrol.check_ak(ak, where="tpm.2-key")
     # (3) (4) (5)
-    tee, until, chain, platform = _identity(ak, parts.get("ak-cert"), endorsements, roots, now)
+    tee, until, chain, platform = identity(ak, parts.get("ak-cert"), endorsements, roots, now)
     # (6)
     found_attest = quote.check_banks(attest, signature, ak.key, banks, where="tpm.6-quote")
     pcrs = banks[BANK]
     # (7) (8)
-    boot_log = _boot(parts["boot-log"], pcrs) if "boot-log" in parts else ()
+    boot_log = check_boot(parts["boot-log"], pcrs) if "boot-log" in parts else ()
     attributes = {"safe": found_attest.safe}
     if "ima-log" in parts:
         entries = _ima(parts["ima-log"], pcrs, found_attest)
@@ -225,10 +237,14 @@ def _banks_problem(value: Any) -> str:
     return ""
 
 
-def _identity(
+def identity(
     ak: Public, certificate: bytes | None, endorsements: Endorsements, roots: Roots, now: datetime
 ) -> tuple[str, datetime | None, tuple[str, ...], dict[str, str]]:
-    """Return (TEE type, end, chain, platform): by the AK's certificate, by enrolment, or by both, which must both hold."""
+    """Return (TEE type, end, chain, platform): by the AK's certificate, by enrolment, or by both, which must both hold.
+
+    Raises:
+        EvidenceError: `evidence-malformed` or `evidence-not-authentic`, at steps 3 to 5.
+    """
     name = ak.name.hex()
     platform = {"ak": name}
     noted = endorsements.get(KIND, f"ak/{name}")
@@ -293,15 +309,20 @@ def _noted(ak: Public, data: bytes, roots: Roots, now: datetime) -> tuple[str, d
     raise _refused("tpm.5-root", f"an AK enrolled under {found}", "a root that the relying party believes")
 
 
-def _boot(data: bytes, pcrs: Mapping[int, bytes]) -> tuple[BootEvent, ...]:
+def check_boot(data: bytes, pcrs: Mapping[int, bytes], bank: str = BANK) -> tuple[BootEvent, ...]:
+    """Prove that the firmware log `data` explains the quoted `pcrs` of `bank`; return the events of explained registers.
+
+    Raises:
+        EvidenceError: `evidence-malformed` or `evidence-not-authentic`, at step 7.
+    """
     log = tcg.parse(data, where="tpm.7-boot.format")
-    if BANK not in log.algorithms:
-        raise _malformed("tpm.7-boot.format", f"a log of {', '.join(log.algorithms)}", BANK)
-    values = tcg.replay(log, BANK)
+    if bank not in log.algorithms:
+        raise _malformed("tpm.7-boot.format", f"a log of {', '.join(log.algorithms)}", bank)
+    values = tcg.replay(log, bank)
     missing = [index for index in FIRMWARE if index not in pcrs]
     if missing:
         raise _refused("tpm.7-boot", f"a boot log, and a quote without PCR {missing[0]}", "a quote over PCR 0 - 7")
-    wrong = [index for index in BOOT if index in pcrs and values.get(index, tcg.initial(index, BANK)) != pcrs[index]]
+    wrong = [index for index in BOOT if index in pcrs and values.get(index, tcg.initial(index, bank)) != pcrs[index]]
     if wrong:
         raise EvidenceError(
             "the firmware log does not explain the quoted PCRs",
@@ -309,7 +330,7 @@ def _boot(data: bytes, pcrs: Mapping[int, bytes]) -> tuple[BootEvent, ...]:
             reasons=[
                 Reason(
                     f"tpm.7-boot.pcr{index}",
-                    values.get(index, tcg.initial(index, BANK)).hex(),
+                    values.get(index, tcg.initial(index, bank)).hex(),
                     pcrs[index].hex(),
                     "the log is not the one that the TPM recorded: an event is missing, added, changed or in another place",
                 )
@@ -317,7 +338,7 @@ def _boot(data: bytes, pcrs: Mapping[int, bytes]) -> tuple[BootEvent, ...]:
             ],
         )
     explained = {index for index, value in values.items() if pcrs.get(index) == value}
-    return tuple(event for event in tcg.events(log, BANK) if event.register in explained)
+    return tuple(event for event in tcg.events(log, bank) if event.register in explained)
 
 
 def _ima(data: bytes, pcrs: Mapping[int, bytes], attest: Attest) -> tuple[ima.Entry, ...]:
