@@ -69,6 +69,22 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert find_attester("sev-snp", measurement=MEASUREMENT).name == "sev-snp"
 
 
+def test_what_is_here_is_seen_whether_or_not_it_can_attest(tmp_path: Path) -> None:
+    amd = Kernel(tmp_path / "amd", "sev_guest")
+    hardware: dict[str, attester.Find] = {
+        "sgx": lambda: GramineAttester(folder=tmp_path),
+        "nitro": lambda: NitroAttester(device=Nsm()),
+        "tdx": lambda: TdxAttester(reports=amd.reports, register=amd.register, files=amd),
+        "sev-snp": lambda: SnpAttester(reports=amd.reports, files=amd),
+    }
+    (tmp_path / "sgx_enclave").touch()
+    seen = attester.look(hardware=hardware, traces={"sgx": (tmp_path / "sgx_enclave", tmp_path / "no")})
+    assert [(each.kind, bool(each.missing)) for each in seen] == [("sgx", True), ("nitro", False), ("sev-snp", False)]
+    assert seen[0].traces == (tmp_path / "sgx_enclave",)
+    assert "gramine" in seen[0].missing[0].where
+    assert set(attester.TRACES) == set(HARDWARE)
+
+
 # --- the whole machine ------------------------------------------------------------------------------------------------
 
 

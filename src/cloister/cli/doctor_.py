@@ -43,11 +43,13 @@ def command(you: You) -> None:
     findings = [
         _software(),
         _known_answers(),
-        _platform(),
+        *_evidence(),
+        _gpu(),
         *_confinement(),
         _mount(),
         _memory(),
         _tool("ssh-keygen", "signs with agents and security keys", "Debian: apt install openssh-client"),
+        _swtpm(),
     ]
     if you.broker_url:
         findings.append(_broker(you))
@@ -87,19 +89,63 @@ def _known_answers() -> Finding:
     return Finding("known answers", "ok", f"{len(ANSWERS)} of {len(ANSWERS)} ({', '.join(ANSWERS)})")
 
 
-def _platform() -> Finding:
-    tsm = Path("/sys/kernel/config/tsm/report")
-    devices = [name for name in ("/dev/tdx_guest", "/dev/sev-guest", "/dev/sgx_enclave") if Path(name).exists()]
-    if Path("/dev/tdx_guest").exists() and tsm.is_dir():
-        return Finding("platform", "ok", "TDX guest with configfs-tsm")
-    found = f"no TDX guest interface ({', '.join(devices) or 'no TEE device'})"
-    return Finding(
-        "platform",
-        "note",
-        found,
-        "good for sealing, signing and asking; nodes here need --insecure-soft-tee, which every contract must name as "
-        "`simulated`",
-    )
+def _evidence() -> list[Finding]:
+    from cloister.attestation.edge.attester import look
+
+    findings = []
+    for sight in look():
+        where = ", ".join(str(path) for path in sight.traces) or "found by the kernel"
+        if sight.missing:
+            lacking = "; ".join(f"{reason.found}, wanted {reason.wanted}" for reason in sight.missing)
+            remedies = "; ".join(dict.fromkeys(reason.hint for reason in sight.missing if reason.hint))
+            findings.append(Finding(sight.kind, "note", f"{where}, but it cannot attest: {lacking}", remedies))
+        elif sight.kind == "tpm":
+            text = f"TPM 2.0 ({where}): attests this host, which protects nothing from its administrator"
+            findings.append(Finding(sight.kind, "ok", text))
+        else:
+            findings.append(Finding(sight.kind, "ok", f"this is inside {_NAMES.get(sight.kind, sight.kind)} ({where})"))
+    if not any(finding.state == "ok" and finding.name != "tpm" for finding in findings):
+        devices = ", ".join(finding.name for finding in findings)
+        text = f"not inside a TEE that can attest (found: {devices})" if devices else "no TEE device and no TPM"
+        remedy = (
+            "good for sealing, signing and asking; nodes here need --insecure-soft-tee, which every contract must name as "
+            "`simulated`"
+        )
+        findings.insert(0, Finding("platform", "note", text, remedy))
+    return findings
+
+
+_NAMES = {
+    "tdx": "a TDX guest",
+    "sev-snp": "an SEV-SNP guest",
+    "cca": "an Arm CCA realm",
+    "sgx": "an SGX enclave",
+    "nitro": "an AWS Nitro enclave",
+}
+
+
+def _gpu() -> Finding:
+    from cloister.attestation.edge import nvml
+
+    driver = Path("/proc/driver/nvidia/version")
+    try:
+        state = nvml.state()
+        count = len(nvml.find_gpus())
+    except CloisterError as error:
+        if not driver.exists():
+            return Finding("gpu", "note", "no NVIDIA driver")
+        return Finding("gpu", "note", f"{driver}, but {error.message}", error.hint)
+    problem = state.problem()
+    if problem is not None:
+        return Finding("gpu", "note", f"{count} NVIDIA GPUs; {problem.found}", problem.hint)
+    return Finding("gpu", "ok", f"{count} NVIDIA GPUs, confidential computing on")
+
+
+def _swtpm() -> Finding:
+    path = shutil.which("swtpm")
+    if path is None:
+        return Finding("swtpm", "note", "not installed: needed by tests only", "Debian: apt install swtpm")
+    return Finding("swtpm", "ok", f"{path}: TPMs for tests")
 
 
 def _confinement() -> list[Finding]:

@@ -10,7 +10,8 @@ register that our log explains. That is for operators, who learn of a broken set
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Protocol
 
@@ -214,6 +215,42 @@ HARDWARE: Final[Mapping[str, Find]] = MappingProxyType(
 )
 """Kind -> its attester, in the order in which `auto` looks: what encloses a process comes before what encloses
 its machine, and a TPM, which encloses nothing, is last."""
+
+
+TRACES: Final[Mapping[str, tuple[Path, ...]]] = MappingProxyType(
+    {
+        "sgx": (Path("/dev/attestation/attestation_type"), Path("/dev/sgx_enclave")),
+        "nitro": (Path("/dev/nsm"),),
+        "tdx": (Path("/dev/tdx_guest"), Path("/sys/devices/virtual/misc/tdx_guest")),
+        "sev-snp": (Path("/dev/sev-guest"),),
+        "cca": (Path("/sys/devices/platform/arm-cca-dev"),),
+        "tpm": (Path("/dev/tpmrm0"), Path("/dev/tpm0")),
+    }
+)
+"""Kind -> what shows that the hardware is here, whether or not it can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """One kind of hardware that left a trace on this machine."""
+
+    kind: str
+    traces: tuple[Path, ...]
+    missing: tuple[Reason, ...]
+    """What it lacks to attest; empty means that it can."""
+
+
+def look(
+    *, hardware: Mapping[str, Find] | None = None, traces: Mapping[str, tuple[Path, ...]] = TRACES
+) -> tuple[Sight, ...]:
+    """Return the hardware that is here, in the order of `HARDWARE`: with a trace, or able to attest without one."""
+    seen = []
+    for kind, find in (HARDWARE if hardware is None else hardware).items():
+        found = tuple(path for path in traces.get(kind, ()) if path.exists())
+        missing = find().missing()
+        if found or not missing:
+            seen.append(Sight(kind, found, missing))
+    return tuple(seen)
 
 
 SOFT_KINDS: Final = ("soft-tdx", "soft-sev-snp", "soft-sgx", "soft-nitro", "soft-tpm", "soft-cca")
