@@ -32,7 +32,7 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ TRIES: Final = 8
 FIRST_WAIT_S: Final = 0.05
 """Doubled after each try: 8 tries wait 6.35 s in all, longer than the quote generation of a busy host."""
 AGAIN: Final = frozenset({errno.EBUSY, errno.EAGAIN, errno.EINTR})
-MOST_PRIVILEGED, LEAST_PRIVILEGED = 0, 3  # TSM_REPORT_PRIVLEVEL_MAX is 3
+LEAST_PRIVILEGED: Final = 3  # TSM_REPORT_PRIVLEVEL_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +124,10 @@ class Reports:
         finally:
             self._remove(entry)
 
-    def get(self, data: bytes, *, privlevel: int | None = None) -> Report:
+    def get(self, data: bytes, *, levels: bool = False, privlevel: int | None = None) -> Report:
         """Return the report over `data` (64 bytes).
+
+        With `levels` it is for the privilege level `privlevel`, by default the most privileged that the kernel allows.
 
         Raises:
             ValueError: `data` is not 64 bytes.
@@ -136,7 +138,7 @@ class Reports:
         # (1)
         entry = self._make()
         try:
-            return self._get(entry, data, privlevel)
+            return self._get(entry, data, self._level(entry, privlevel) if levels else None)
         finally:
             self._remove(entry)
 
@@ -185,25 +187,16 @@ class Reports:
                 problem = f"the {self.hardware} module is busy or limits the rate"
         raise MachineError(f"no {self.hardware} report after {TRIES} tries: {problem}")
 
-    def privlevel(self, wanted: int | None) -> int | None:
-        """Return the privilege level to write: `wanted`, else the most privileged one that the kernel allows.
-
-        None where the kernel has no levels.
-
-        Raises:
-            MachineError: `wanted` is more privileged than this guest is.
-        """
-        entry = self._make()
+    def _level(self, entry: Path, wanted: int | None) -> int | None:
+        """Return the privilege level to write; None where the kernel has none."""
+        if not self.files.exists(entry / "privlevel_floor"):
+            if wanted is not None:
+                raise MachineError(f"this kernel offers no privilege levels of {self.hardware}")
+            return None
         try:
-            if not self.files.exists(entry / "privlevel_floor"):
-                if wanted is not None:
-                    raise MachineError(f"this kernel offers no privilege levels of {self.hardware}")
-                return None
             floor = _number(self.files.read(entry / "privlevel_floor"), entry, "privlevel_floor")
         except OSError as error:
             raise MachineError(f"the report entry {entry} fails: {error.strerror}") from error
-        finally:
-            self._remove(entry)
         if wanted is not None and not floor <= wanted <= LEAST_PRIVILEGED:
             raise MachineError(
                 f"no report for VMPL {wanted} can be made",
@@ -283,6 +276,10 @@ class TdxAttester:
             )
 
 
+SNP_REPORT_BYTES: Final = 0x4A0  # AMD 56860, table "ATTESTATION_REPORT structure"
+SNP_REPORT_DATA: Final = slice(0x50, 0x90)
+
+
 class SnpAttester:
     """A real SEV-SNP guest through configfs-tsm; events in memory, signed by `events.fold`.
 
@@ -319,18 +316,14 @@ class SnpAttester:
 
     def evidence(self, report_data: bytes) -> Evidence:
         signed = event_log.fold(report_data, self._events)
-        report = self._reports.get(signed, privlevel=self._reports.privlevel(self._privlevel))
+        report = self._reports.get(signed, levels=True, privlevel=self._privlevel)
         if len(report.out) != SNP_REPORT_BYTES:
             raise MachineError(f"the SEV-SNP firmware returned {len(report.out)} bytes, wanted {SNP_REPORT_BYTES}")
         if report.out[SNP_REPORT_DATA] != signed:
             raise MachineError("the SEV-SNP firmware signed other report data than ours")
         table = report.aux.rstrip(b"\x00")
-        parts: Mapping[str, bytes] = {"table": report.aux} if table else {}
-        return Evidence("sev-snp", report.out, self._events, MappingProxyType(dict(parts)))
-
-
-SNP_REPORT_BYTES: Final = 0x4A0  # AMD 56860, table "ATTESTATION_REPORT structure"
-SNP_REPORT_DATA: Final = slice(0x50, 0x90)
+        parts = {"table": report.aux} if table else {}
+        return Evidence("sev-snp", report.out, self._events, MappingProxyType(parts))
 
 
 class CcaAttester:
