@@ -5,6 +5,7 @@ The soft quotes are bit-exact, and dcap-qvl judges them as it judges Intel's; on
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import struct
@@ -385,6 +386,173 @@ def test_a_log_that_was_changed_on_the_way_is_refused() -> None:
 def test_claims_hold_the_log_only_after_it_was_proved() -> None:
     claims = SoftPlatform().run(workload()).claims()
     assert claims.events == SoftPlatform().run(workload()).evidence().events
+
+
+# --- the boot log -----------------------------------------------------------------------------------------------------
+
+
+def _ccel(*entries: tuple[int, int, bytes, bytes]) -> bytes:
+    """Return a CC event log of (register, type, what was hashed, event data), SHA-384 alone."""
+    first = b"Spec ID Event03\x00" + struct.pack("<IBBBBIHHB", 0, 0, 2, 0, 2, 1, 0x000C, 48, 0)
+    log = struct.pack("<II20sI", 1, 3, bytes(20), len(first)) + first
+    for register, kind, hashed, data in entries:
+        digest = hashlib.sha384(hashed).digest()
+        log += struct.pack("<III", register, kind, 1) + struct.pack("<H", 0x000C) + digest
+        log += struct.pack("<I", len(data)) + data
+    return log
+
+
+_SEPARATOR = (0x00000004, bytes(4), bytes(4))
+_BOOT = (
+    (1, 0x00000001, b"firmware volume", b"not what was hashed"),
+    (1, *_SEPARATOR),
+    (2, 0x80000003, b"boot loader", b"not what was hashed"),
+    (2, *_SEPARATOR),
+    (3, 0x0000000D, b"linux /vmlinuz", b"grub_cmd: linux /vmlinuz\x00"),
+    (3, *_SEPARATOR),
+)
+
+
+def _registers(entries: tuple[tuple[int, int, bytes, bytes], ...]) -> tuple[bytes, bytes, bytes]:
+    values = [bytes(48)] * 3
+    for register, _, hashed, _ in entries:
+        values[register - 1] = hashlib.sha384(values[register - 1] + hashlib.sha384(hashed).digest()).digest()
+    return values[0], values[1], values[2]
+
+
+def _booted(log: bytes | None) -> Claims:
+    platform = SoftPlatform()
+    quote = soft_tdx.quote(platform.machine, mrtd=MEASUREMENT, report_data=bytes(64), boot=_registers(_BOOT))
+    parts = {} if log is None else {"ccel": log}
+    return verify(Evidence("tdx", quote, parts=parts), platform.endorsements, SOFT_ROOTS, now=NOW)
+
+
+def test_a_boot_log_explains_its_registers_and_only_hashed_data_is_shown() -> None:
+    claims = _booted(_ccel(*_BOOT))
+    assert [event.register for event in claims.boot_log] == [0, 0, 1, 1, 2, 2]
+    assert [event.data for event in claims.boot_log] == [
+        None, bytes(4), None, bytes(4), b"linux /vmlinuz", bytes(4),
+    ]  # fmt: skip
+    assert claims.boot_log[0].digest == hashlib.sha384(b"firmware volume").digest()
+    assert claims.boot_log[4].type == "EV_IPL"
+    # the table is longer than the log, and so is the buffer that it is read from
+    assert _booted(_ccel(*_BOOT) + b"\xff" * 64).boot_log == claims.boot_log
+
+
+def test_without_a_boot_log_nothing_is_known_of_the_boot() -> None:
+    assert _booted(None).boot_log == ()
+    assert [each.where for each in appraise(_booted(None), soft_policy(require_attested_boot=True))] == [
+        "place.enclave.boot_log"
+    ]
+    assert appraise(_booted(_ccel(*_BOOT)), soft_policy(require_attested_boot=True)) == ()
+
+
+@pytest.mark.parametrize(
+    ("entries", "registers"),
+    [
+        (_BOOT[1:], [0]),
+        ((*_BOOT, _BOOT[3]), [1]),
+        ((_BOOT[1], _BOOT[0], *_BOOT[2:]), [0]),
+        ((*_BOOT[:4], (3, 0x0000000D, b"linux /evil", b"linux /evil"), _BOOT[5]), [2]),
+        (_BOOT[:2], [1, 2]),
+        (((2, *_BOOT[0][1:]), *_BOOT[1:]), [0, 1]),
+        (((5, 0x00000004, b"x", b"x"),), [0, 1, 2]),
+    ],
+    ids=["missing", "twice", "reordered", "another kernel", "cut short", "moved", "another log"],
+)
+def test_a_boot_log_that_was_changed_is_refused(
+    entries: tuple[tuple[int, int, bytes, bytes], ...], registers: list[int]
+) -> None:
+    error = refusal(_booted, _ccel(*entries))
+    assert error.code == "evidence-not-authentic"
+    assert [reason.where for reason in error.reasons] == [f"tdx.11-boot.rtmr{index}" for index in registers]
+
+
+def test_changed_data_of_a_boot_event_is_not_shown() -> None:
+    """Replay does not notice it; the reader must."""
+    claims = _booted(_ccel(*_BOOT[:4], (3, 0x0000000D, b"linux /vmlinuz", b"grub_cmd: linux /evil"), _BOOT[5]))
+    assert claims.boot_log[4].data is None
+
+
+@pytest.mark.parametrize(
+    "log",
+    [b"", b"x", bytes(100), b"\xff" * 100, _ccel(*_BOOT)[:-1], _ccel(*_BOOT)[:40], _ccel(*_BOOT) + b"x"],
+    ids=["empty", "a byte", "zeros", "padding", "cut", "cut in the first event", "a byte more"],
+)
+def test_a_boot_log_of_another_form_is_malformed(log: bytes) -> None:
+    error = refusal(_booted, log)
+    assert (error.code, step(error)) == ("evidence-malformed", "tdx.11-boot")
+
+
+def test_a_boot_log_of_sha256_is_malformed() -> None:
+    first = b"Spec ID Event03\x00" + struct.pack("<IBBBBIHHB", 0, 0, 2, 0, 2, 1, 0x000B, 32, 0)
+    log = struct.pack("<II20sI", 1, 3, bytes(20), len(first)) + first
+    log += struct.pack("<IIIH", 1, 4, 1, 0x000B) + bytes(32) + struct.pack("<I", 0)
+    error = refusal(_booted, log)
+    assert (error.code, error.reasons[0].where, error.reasons[0].wanted) == (
+        "evidence-malformed", "tdx.11-boot", "sha384",
+    )  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, len(_ccel(*_BOOT)) - 1), st.integers(1, 255)), min_size=1, max_size=6))
+def test_mutated_boot_logs_raise_nothing_foreign(changes: list[tuple[int, int]]) -> None:
+    changed = bytearray(_ccel(*_BOOT))
+    for position, mask in changes:
+        changed[position] ^= mask
+    try:
+        claims: Claims | None = _booted(bytes(changed))
+    except EvidenceError as error:
+        claims = None
+        assert error.reasons  # noqa: PT017 - a refusal must always name its step
+    if claims is not None:  # the digests and their order are those that were signed
+        digests = [event.digest for event in claims.boot_log]
+        assert digests == [event.digest for event in _booted(_ccel(*_BOOT)).boot_log]
+
+
+def test_parts_that_nobody_reads_are_refused() -> None:
+    platform = SoftPlatform()
+    evidence = replace(platform.evidence(), parts={"pck": b"x"})
+    error = refusal(verify, evidence, platform.endorsements, SOFT_ROOTS, now=NOW)
+    assert (error.code, error.reasons[0].where) == ("evidence-malformed", "tdx.1-format")
+
+
+# --- TD report 1.5 ----------------------------------------------------------------------------------------------------
+
+
+def test_a_version_5_quote_gives_the_newer_fields() -> None:
+    platform = SoftPlatform()
+    quote = soft_tdx.quote(platform.machine, mrtd=MEASUREMENT, report_data=bytes(64), mrservicetd=bytes(48))
+    claims = verify(Evidence("tdx", quote), platform.endorsements, SOFT_ROOTS, now=NOW)
+    assert claims.measurements["mrservicetd"] == bytes(48)
+    assert claims.measurements["teetcbsvn2"] == soft_tdx.TEE_TCB_SVN
+    assert len(claims.measurements) == 16
+
+
+def test_a_service_td_is_refused() -> None:
+    """A service TD may migrate the guest to a machine that nobody attested."""
+    platform = SoftPlatform()
+    quote = soft_tdx.quote(platform.machine, mrtd=MEASUREMENT, report_data=bytes(64), mrservicetd=b"\x01" * 48)
+    error = refusal(verify, Evidence("tdx", quote), platform.endorsements, SOFT_ROOTS, now=NOW)
+    assert error.reasons[0].where == "tdx.8-attributes"
+
+
+@pytest.mark.parametrize(("body", "size"), [(2, 648), (3, 584), (1, 384), (4, 648), (0, 0), (3, 0xFFFFFFFF)])
+def test_a_version_5_body_of_another_type_or_size_is_malformed(body: int, size: int) -> None:
+    quote = bytearray(
+        soft_tdx.quote(soft_tdx.platform(), mrtd=MEASUREMENT, report_data=bytes(64), mrservicetd=bytes(48))
+    )
+    quote[48:54] = struct.pack("<HI", body, size)
+    error = refusal(tdx_format.parse, bytes(quote))
+    assert f"body type {body}" in error.reasons[0].found
+
+
+def test_no_flipped_bit_of_a_version_5_quote_is_accepted() -> None:
+    platform = SoftPlatform()
+    good = soft_tdx.quote(platform.machine, mrtd=MEASUREMENT, report_data=bytes(64), mrservicetd=bytes(48))
+    for position in range(0, 54 + 648, 3):
+        changed = bytearray(good)
+        changed[position] ^= 1 << position % 8
+        refusal(verify, Evidence("tdx", bytes(changed)), platform.endorsements, SOFT_ROOTS, now=NOW)
 
 
 # --- time and arguments -----------------------------------------------------------------------------------------------
