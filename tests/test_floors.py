@@ -100,7 +100,6 @@ ALLOWED: Final = {
         "attestation/verify.py",
         "importlib",
     ): "finds the folders of hardware beside it, once, at import; a peer chooses none",
-    ("attestation/verify.py", "pkgutil"): "as importlib",
     ("attestation/files/__init__.py", "importlib"): "finds the kinds of evidence files beside it, once, at import",
     ("attestation/files/__init__.py", "pkgutil"): "as importlib",
     ("confine/job.py", "pathlib"): "holds the paths that the launcher will bind; opens none",

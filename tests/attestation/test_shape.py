@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
 import cloister.attestation
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import check_binding
-from cloister.attestation.verify import VERIFIERS
+from cloister.attestation.verify import FOLDERS, VERIFIERS
 from cloister.testkit import softtee
 
 ROOM = Path(cloister.attestation.__file__).parent
@@ -50,10 +54,35 @@ def test_the_room_imports_only_from_below() -> None:
             assert not name.startswith("cloister.") or name.startswith(allowed), (path, name)
 
 
-def test_every_hardware_folder_is_found() -> None:
+def test_every_hardware_folder_is_listed_and_has_its_shape() -> None:
     folders = {path.parent.name for path in ROOM.glob("*/verify.py")}
-    assert {module.__module__.split(".")[-2] for module in VERIFIERS.values()} == folders
-    assert "tdx" in VERIFIERS
+    assert set(FOLDERS.values()) == folders
+    assert set(VERIFIERS) == set(FOLDERS)
+    for kind, folder in FOLDERS.items():
+        module = importlib.import_module(f"cloister.attestation.{folder}.verify")
+        assert kind == module.KIND
+        assert VERIFIERS[kind] is module.verify
+        steps = list(module.STEPS)
+        assert [name.split(".")[0] for name in steps] == [kind] * len(steps), "a step begins with its kind"
+        assert [int(name.split(".")[1].split("-")[0]) for name in steps] == list(range(1, len(steps) + 1))
+        assert all(module.STEPS[name].strip() for name in steps)
+        documented = re.findall(r"^ +(\d+) ", module.__doc__ or "", re.MULTILINE)
+        assert [int(number) for number in documented] == list(range(1, len(steps) + 1)), (
+            f"{kind}: the docstring has every step"
+        )
+
+
+def test_a_verifier_is_loaded_with_the_first_evidence_of_its_kind_and_no_network() -> None:
+    # the socket module itself is there: `cryptography.x509` uses email.utils, which imports it
+    code = (
+        "import sys; from cloister.attestation.verify import VERIFIERS; before = set(sys.modules);"
+        "assert not {f'cloister.attestation.{n}.verify' for n in ('snp', 'tpm', 'nvidia', 'tdx')} & before;"
+        "[VERIFIERS[kind] for kind in VERIFIERS]; import cloister.attestation.files, cloister.attestation.ratls;"
+        "bad = {'ssl', '_ssl', 'http.client', 'urllib.request', 'requests', 'asyncio', 'ftplib', 'smtplib'} & set(sys.modules);"
+        "print(sorted(bad))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 def test_the_testkit_says_what_is_public() -> None:

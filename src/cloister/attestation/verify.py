@@ -4,27 +4,26 @@ A kind of hardware is a folder beside this file with a module `verify` that has 
 
     verify(evidence, endorsements, roots, *, now) -> Claims
 
-and with `STEPS`, a mapping from the name of each step (as in `Reason.where`) to a sentence for people, in order. `VERIFIERS` is read from those folders when this module is imported, never from what a peer sends, so new hardware is
-new files only. docs/attestation.md says what a folder holds.
+and `STEPS`, a mapping from the name of each step (as in `Reason.where`) to a sentence for people, in order. `FOLDERS` lists
+them, never what a peer sends; a test finds a folder that is not listed. A folder is imported when the first evidence of
+its kind comes: a node on one kind of hardware does not load eight others. docs/attestation.md says what a folder holds.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-import cloister.attestation as room
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.roots import Roots
 from cloister.attestation.types import Claims, Evidence
 from cloister.errors import EvidenceError, Reason
 
-__all__ = ["VERIFIERS", "Endorsement", "Endorsements", "Roots", "Verifier", "steps_of", "verify"]
+__all__ = ["FOLDERS", "VERIFIERS", "Endorsement", "Endorsements", "Roots", "Verifier", "steps_of", "verify"]
 
 
 class Verifier(Protocol):
@@ -33,19 +32,44 @@ class Verifier(Protocol):
     def __call__(self, evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims: ...
 
 
-def _modules() -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
-    for entry in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
-        # asked of the folder, not of the import system: that would import folders that import this module
-        folders = [f"{path}/{entry.name.rpartition('.')[2]}" for path in room.__path__]
-        if entry.ispkg and "verify" in {inner.name for inner in pkgutil.iter_modules(folders)}:
-            module = importlib.import_module(f"{entry.name}.verify")
-            found[module.KIND] = module
-    return MappingProxyType(found)
+FOLDERS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "azure-snp": "azure_snp",
+        "azure-tdx": "azure_tdx",
+        "cca": "cca",
+        "nitro": "nitro",
+        "nvidia-gpu": "nvidia",
+        "sev-snp": "snp",
+        "sgx": "sgx",
+        "tdx": "tdx",
+        "tpm": "tpm",
+    }
+)
+"""Kind of evidence -> folder of its verifier."""
 
 
-_MODULES: Final = _modules()
-VERIFIERS: Final[Mapping[str, Verifier]] = MappingProxyType({kind: module.verify for kind, module in _MODULES.items()})
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"cloister.attestation.{FOLDERS[kind]}.verify")
+
+
+class _Verifiers(Mapping[str, Verifier]):
+    """Kind -> `verify` of its folder, which is imported when it is first asked for."""
+
+    def __getitem__(self, kind: str) -> Verifier:
+        found: Verifier = _module(kind).verify
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FOLDERS)
+
+    def __len__(self) -> int:
+        return len(FOLDERS)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in FOLDERS
+
+
+VERIFIERS: Final[Mapping[str, Verifier]] = _Verifiers()
 """Kind of evidence -> its verifier."""
 
 
@@ -53,8 +77,8 @@ def steps_of(evidence: Evidence) -> dict[str, str]:
     """Return the steps that `verify` takes for `evidence`, in order: name -> sentence for people."""
     steps: dict[str, str] = {}
     for each in (evidence, *evidence.devices):
-        module = _MODULES.get(each.kind)
-        steps |= getattr(module, "STEPS", {})
+        if each.kind in FOLDERS:
+            steps |= _module(each.kind).STEPS
     return steps
 
 

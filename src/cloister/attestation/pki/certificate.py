@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from asn1crypto import x509 as asn1_x509
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -162,6 +161,9 @@ def _with_cryptography(loaded: x509.Certificate) -> Certificate:
 
 def _plain(data: bytes) -> Certificate:
     """The same from asn1crypto; only for certificates with serial 0, which `cryptography` may refuse."""
+    # here, because only certificates that `cryptography` refuses need it
+    from asn1crypto import x509 as asn1_x509
+
     loaded = asn1_x509.Certificate.load(data, strict=True)
     body = loaded["tbs_certificate"]
     serial = body["serial_number"].native

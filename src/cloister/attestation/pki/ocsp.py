@@ -24,7 +24,6 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Literal
 
-from asn1crypto import x509 as asn1_x509
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -32,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import ocsp
 
+from cloister.attestation.pki import asn1
 from cloister.attestation.pki.certificate import Certificate, PublicKey, check_signature, from_der
 from cloister.attestation.pki.path import UNDERSTOOD
 from cloister.errors import EvidenceError, Reason
@@ -236,8 +236,8 @@ def _purposes(certificate: Certificate) -> frozenset[str]:
     if value is None:
         return frozenset()
     try:
-        return frozenset(purpose.dotted for purpose in asn1_x509.ExtKeyUsageSyntax.load(value, strict=True))
-    except (ValueError, TypeError):
+        return asn1.purposes(value)
+    except (ValueError, TypeError, KeyError):
         return frozenset()
 
 

@@ -37,9 +37,9 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Final, Literal
 
-from asn1crypto import x509 as asn1_x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cloister.attestation.pki import asn1
 from cloister.attestation.pki.certificate import Certificate
 from cloister.errors import EvidenceError, Reason
 
@@ -384,10 +384,10 @@ def wanted_subject(report: Report) -> str:
 def common_name(certificate: Certificate) -> str:
     """Return the last common name of the subject, or nothing."""
     try:
-        name = asn1_x509.Name.load(certificate.subject_der).native.get("common_name", "")
-    except ValueError:  # not text: nothing that AMD writes
+        pairs = asn1.name(certificate.subject_der)
+    except (ValueError, TypeError, KeyError):  # nothing that AMD writes
         return ""
-    return name if isinstance(name, str) else ""
+    return next((text for oid, text in reversed(pairs) if oid == asn1.COMMON_NAME), "")
 
 
 def _number(found: dict[str, bytes], oid: str, what: str) -> int:

@@ -15,11 +15,9 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 
-from asn1crypto import x509 as asn1_x509
-
 from cloister.attestation.endorsements import Endorsements
+from cloister.attestation.pki import asn1, crl
 from cloister.attestation.pki import certificate as certificates
-from cloister.attestation.pki import crl
 from cloister.attestation.pki.certificate import Certificate
 from cloister.attestation.pki.crl import RevocationList
 from cloister.attestation.pki.path import check_path, describe
@@ -94,7 +92,7 @@ def usages(certificate: Certificate) -> frozenset[str]:
     if value is None:
         return frozenset()
     try:
-        return frozenset(each.dotted for each in asn1_x509.ExtKeyUsageSyntax.load(value, strict=True))
+        return asn1.purposes(value)
     except (ValueError, TypeError, KeyError):
         return frozenset()
 
@@ -107,17 +105,12 @@ def tpm_names(certificate: Certificate) -> dict[str, str]:
     if value is None:
         return found
     try:
-        for general in asn1_x509.GeneralNames.load(value, strict=True):
-            if general.name != "directory_name":
-                continue
-            for relative in general.chosen.chosen:
-                for pair in relative:
-                    oid = pair["type"].dotted
-                    if oid in names:
-                        text = str(pair["value"].native)[:64]
-                        found[names[oid]] = "".join(
-                            each if each.isascii() and each.isprintable() else "?" for each in text
-                        )
+        for pairs in asn1.directory_names(value):
+            for oid, text in pairs:
+                if oid in names:
+                    found[names[oid]] = "".join(
+                        each if each.isascii() and each.isprintable() else "?" for each in text[:64]
+                    )
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
     return found
