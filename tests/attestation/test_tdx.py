@@ -80,7 +80,7 @@ def test_a_good_soft_platform_gives_all_claims() -> None:
     assert claims.launch == "mrtd"
     assert claims.svns == {"pcesvn": 17, "tcb_evaluation_data_number": 1, "qe_isvsvn": 6, "tdx_module_svn": 5}
     assert claims.attributes == {
-        "debug": False, "sept_ve_disable": True, "migratable": False, "pks": False, "kl": False, "perfmon": False,
+        "debug": False, "icssd": False, "lass": False, "sept_ve_disable": True, "migratable": False, "pks": False, "kl": False, "tpa": False, "perfmon": False,
         "dynamic_platform": True, "cached_keys": True, "smt_enabled": True,
     }  # fmt: skip
     assert claims.valid_until == NOW - timedelta(days=1) + soft_tdx.LIFETIME
@@ -516,6 +516,19 @@ def test_parts_that_nobody_reads_are_refused() -> None:
     assert (error.code, error.reasons[0].where) == ("evidence-malformed", "tdx.1-format")
 
 
+@pytest.mark.parametrize(
+    ("name", "bit"), [("icssd", 16), ("lass", 27), ("pks", 30), ("kl", 31), ("tpa", 62), ("perfmon", 63)]
+)
+def test_switches_of_a_td_are_claims_that_a_contract_can_demand_off(name: str, bit: int) -> None:
+    platform = SoftPlatform()
+    attributes = soft_tdx.SEPT_VE_DISABLE | 1 << bit
+    quote = soft_tdx.quote(platform.machine, mrtd=MEASUREMENT, report_data=bytes(64), td_attributes=attributes)
+    claims = verify(Evidence("tdx", quote), platform.endorsements, SOFT_ROOTS, now=NOW)
+    assert claims.attributes[name]
+    policy = soft_policy(require={"tdx": {name: False}})
+    assert [reason.where for reason in appraise(claims, policy)] == [f"place.enclave.require.{name}"]
+
+
 # --- TD report 1.5 ----------------------------------------------------------------------------------------------------
 
 
@@ -772,7 +785,6 @@ def _collateral(**change: Any) -> bytes:
         b"null",
         b"\xff",
         _collateral(tcb_info=None),
-        _collateral(pck_certificate_chain="x"),
         _collateral(extra=""),
         _collateral(pck_crl=7),
         _collateral(pck_crl="zz"),
@@ -804,14 +816,21 @@ def test_collateral_whose_tcb_info_has_another_form_is_malformed(info: str) -> N
 
 
 def test_collateral_cannot_bring_its_own_pck_chain() -> None:
-    """dcap-qvl would prefer a chain in the collateral to the one in the quote, whose root we compared."""
-    pem = soft_tdx.authority().root
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    data = _collateral(pck_certificate_chain=pem.public_bytes(Encoding.PEM).decode())
-    platform = SoftPlatform()
-    platform.endorsements = Endorsements((Endorsement("tdx", soft_tdx.FMSPC, data),))
-    refused(platform, "tdx.3-collateral", code="evidence-malformed")
+    """dcap-qvl would prefer a chain in the collateral to the one in the quote, whose root we compared: it never sees it."""
+    platform, other = SoftPlatform(), SoftPlatform("other")
+    quote = platform.evidence().quote
+    theirs = other.evidence().quote
+    chains = {
+        "another machine": theirs[theirs.index(b"-----BEGIN") :].rstrip(b"\x00").decode(),
+        "its own": quote[quote.index(b"-----BEGIN") :].rstrip(b"\x00").decode(),
+        "nothing": None,
+        "no chain": "x",
+    }
+    platform.now = NOW + timedelta(hours=1)
+    for chain in chains.values():
+        data = json_encode(_COLLATERAL | {"pck_certificate_chain": chain})
+        platform.endorsements = Endorsements((Endorsement("tdx", soft_tdx.FMSPC, data),))
+        assert platform.claims().platform["ppid"] == platform.machine.ppid.hex()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """SGX and TDX collateral as Intel's PCS delivers it, in the JSON form of dcap-qvl (quote collateral v3).
 
-Strict: an object of exactly these nine strings. dcap-qvl would also take `pck_certificate_chain` and prefer it to the
-chain in the quote; we do not, because the chain whose root we compare must be the chain that is verified.
+Strict: an object of exactly these nine strings. dcap-qvl's own client adds `pck_certificate_chain`, and its verifier would prefer
+that to the chain in the quote. Here it is left out before anybody sees it: the chain whose root we compare must be the chain
+that is verified.
 
 Source of the documents inside: Intel PCS API v4, TCB info v3 and enclave identity v2. Form only; `own` and dcap-qvl judge.
 """
@@ -26,6 +27,7 @@ LIMIT: Final = 1 << 20
 
 TEXT: Final = ("pck_crl_issuer_chain", "tcb_info_issuer_chain", "tcb_info", "qe_identity_issuer_chain", "qe_identity")
 HEX: Final = ("root_ca_crl", "pck_crl", "tcb_info_signature", "qe_identity_signature")
+IGNORED: Final = "pck_certificate_chain"
 KINDS: Final = {"SGX": "sgx", "TDX": "tdx"}
 """`id` of TCB info -> kind of evidence."""
 
@@ -110,6 +112,8 @@ def _fields(data: bytes, where: str) -> dict[str, str]:
         value: Any = json_decode(data, limit=LIMIT, canonical=False)
     except ValueError as error:
         raise _malformed(str(error), "a JSON object", where) from error
+    if isinstance(value, dict):
+        value.pop(IGNORED, None)
     if not isinstance(value, dict) or set(value) != {*TEXT, *HEX}:
         keys = ", ".join(sorted(map(str, value))) if isinstance(value, dict) else type(value).__name__
         raise _malformed(keys[:400] or "no keys", f"exactly {', '.join(sorted((*TEXT, *HEX)))}", where)

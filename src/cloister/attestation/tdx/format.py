@@ -58,10 +58,13 @@ DEBUG_BIT: Final = 1
 
 ATTRIBUTES: Final[dict[str, int]] = {
     "debug": 0,
+    "icssd": 16,
+    "lass": 27,
     "sept_ve_disable": 28,
     "migratable": 29,
     "pks": 30,
     "kl": 31,
+    "tpa": 62,
     "perfmon": 63,
 }
 """Name -> bit of TDATTRIBUTES; Intel TDX Module ABI, ATTRIBUTES."""

@@ -19,10 +19,10 @@ and advisories are claims: `appraise` judges them. The debug bit is refused here
 again by our parser, so `Policy.debug` cannot admit a debug TD.
 
 Evidence: `quote`; part `ccel` (the raw CC event log), optional. Endorsements: kind `tdx`, subject FMSPC in upper-case hex,
-data the collateral of dcap/collateral.py. A PCK chain inside collateral would replace the quote's own, so the collateral
-parser refuses every key beyond the nine that Intel's PCS delivers.
+data the collateral of dcap/collateral.py. A PCK chain inside collateral would replace the quote's own, so dcap-qvl never
+gets it.
 
-Not checked on purpose: TDATTRIBUTES.PERFMON, PKS and KL, which dcap-qvl lets pass: they change what the guest may do, not
+Not checked on purpose: TDATTRIBUTES.PERFMON, PKS, KL and TPA, which dcap-qvl lets pass: they change what the guest may do, not
 who can read it. They are in `Claims.attributes`, where a contract can demand them off.
 """
 
