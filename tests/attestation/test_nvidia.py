@@ -208,7 +208,7 @@ def test_a_changed_report_is_refused() -> None:
 
 
 def test_no_flipped_bit_of_the_signed_report_is_accepted() -> None:
-    for position in range(0, SIGNED, 11):
+    for position in range(0, SIGNED, 17):
         changed = bytearray(REPORT)
         changed[position] ^= 1 << (position % 8)
         refusal(judge, bytes(changed))
@@ -779,7 +779,7 @@ def test_real_ocsp_answers_end() -> None:
 def test_no_flipped_bit_of_a_real_report_is_accepted(name: str) -> None:
     case = _case(_entry(name))
     good = nvidia_format.parse(case.files["report"])
-    for position in range(0, len(good.signed) + 96, 29):
+    for position in range(0, len(good.signed) + 96, 61):
         data = bytearray(case.files["report"])
         data[position] ^= 1 << (position % 8)
         found = files.observe(replace(case, files={**case.files, "report": bytes(data)}))
