@@ -125,10 +125,10 @@ class TpmAttester:
         """
         entry = event_log.event(name, data)
         with Tpm(self._connect) as tpm:
-            self._expect(tpm.read_pcrs(BANK, (RUNTIME,)), "before the extension")
+            expect(tpm.read_pcrs(BANK, (RUNTIME,)), self._events, "before the extension")
             tpm.extend_pcr(RUNTIME, {BANK: hashlib.sha256(data).digest()})
             self._events += (entry,)
-            self._expect(tpm.read_pcrs(BANK, (RUNTIME,)), "after the extension")
+            expect(tpm.read_pcrs(BANK, (RUNTIME,)), self._events, "after the extension")
 
     def evidence(self, report_data: bytes) -> Evidence:
         """Return a quote over `report_data` (32 bytes).
@@ -143,14 +143,14 @@ class TpmAttester:
         with Tpm(self._connect) as tpm, self._key(tpm) as (key, certificate):  # (1) (6)
             values, attest, signature = quoted(tpm, key, report_data, wanted)
         if self._events:
-            self._expect(values, "in the quote")
+            expect(values, self._events, "in the quote")
         parts = {"ak": key.public, "pcrs": tpm_verify.encode_pcrs({BANK: values})}
         if certificate:
             parts["ak-cert"] = certificate
         # (5)
-        parts |= self._log("boot-log", self._boot_log)
+        parts |= kernel_log(self._files, "boot-log", self._boot_log)
         if IMA in values:
-            parts |= self._log("ima-log", self._ima_log)
+            parts |= kernel_log(self._files, "ima-log", self._ima_log)
         return Evidence("tpm", tpm_verify.join(attest, signature), self._events, MappingProxyType(parts))
 
     def identity(self) -> HostIdentity:
@@ -190,30 +190,40 @@ class TpmAttester:
                     return
             yield stack.enter_context(tpm.primary(ak_template())), b""
 
-    def _log(self, name: str, path: Path) -> dict[str, bytes]:
-        if not self._files.exists(path):
-            return {}
-        try:
-            data = self._files.read(path, limit=LIMITS.part)
-        except OSError as error:
-            raise MachineError(
-                f"{path} cannot be read: {os.strerror(error.errno) if error.errno else error}",
-                hint=f"the kernel's logs are for root, and a verifier takes at most {LIMITS.part} bytes of one",
-            ) from error
-        return {name: data} if data else {}
 
-    def _expect(self, values: dict[int, bytes], when: str) -> None:
-        wanted = event_log.replay(self._events, algorithm="sha256")
-        if values[RUNTIME] != wanted:
-            raise MachineError(
-                f"PCR {RUNTIME} is not what our event log says, {when}",
-                reasons=[
-                    Reason(
-                        "tpm.pcr15", values[RUNTIME].hex(), wanted.hex(), "another program extends PCR 15 of this host"
-                    )
-                ],
-                hint="reboot; run one node on a host, and disable systemd-pcrmachine and systemd-pcrfs@",
-            )
+def kernel_log(files: Files, name: str, path: Path) -> dict[str, bytes]:
+    """Return the log at `path` as the part `name`; nothing where there is none.
+
+    Raises:
+        MachineError: it cannot be read, or is larger than a verifier takes.
+    """
+    if not files.exists(path):
+        return {}
+    try:
+        data = files.read(path, limit=LIMITS.part)
+    except OSError as error:
+        raise MachineError(
+            f"{path} cannot be read: {os.strerror(error.errno) if error.errno else error}",
+            hint=f"the kernel's logs are for root, and a verifier takes at most {LIMITS.part} bytes of one",
+        ) from error
+    return {name: data} if data else {}
+
+
+def expect(values: dict[int, bytes], events: tuple[Event, ...], when: str) -> None:
+    """Refuse a PCR 15 that `events` do not explain.
+
+    Raises:
+        MachineError: another program extended it.
+    """
+    wanted = event_log.replay(events, algorithm="sha256")
+    if values[RUNTIME] != wanted:
+        raise MachineError(
+            f"PCR {RUNTIME} is not what our event log says, {when}",
+            reasons=[
+                Reason("tpm.pcr15", values[RUNTIME].hex(), wanted.hex(), "another program extends PCR 15 of this host")
+            ],
+            hint="reboot; run one node on a host, and disable systemd-pcrmachine and systemd-pcrfs@",
+        )
 
 
 def quoted(tpm: Tpm, key: Key, data: bytes, pcrs: tuple[int, ...]) -> tuple[dict[int, bytes], bytes, bytes]:
