@@ -7,9 +7,11 @@ import functools
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from joserfc.jwk import ECKey, RSAKey
 
 from cloister.attestation import events as event_log
 from cloister.attestation.appraise import appraise
-from cloister.attestation.authority import Authority, Kind, nonce_text, verify_token
+from cloister.attestation.authority import ALGORITHMS, LIMIT, STEPS, Authority, Kind, nonce_text, verify_token
 from cloister.attestation.binding import Binding, check_binding
 from cloister.attestation.soft.nitro import derive_key
 from cloister.attestation.types import NOT_RATED, Claims, Policy
@@ -935,3 +937,10 @@ def test_a_real_bundle_is_refused_under_other_keys() -> None:
         nonce=nonce,
     )
     assert {reason.where for reason in error.reasons} == {"nras.3-signature.platform", "nras.3-signature.GPU-0"}
+
+
+def test_the_page_has_a_row_for_every_step() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attestation" / "authorities.md").read_text()
+    assert re.findall(r"^\| `(authority\.\d+-\w+)` \|", page, re.MULTILINE) == list(STEPS)
+    assert f"{LIMIT:,}" in page
+    assert all(algorithm in page for algorithm in ALGORITHMS)

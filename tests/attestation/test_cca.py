@@ -7,8 +7,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -573,3 +575,11 @@ def test_another_curve_of_the_platform_key_fits_its_algorithm_only() -> None:
     es256 = cose.sign(key, payload, algorithm=-7)
     data = cose.dumps(cose.Tagged(907, {44234: [263, es256], 44241: entries[44241]}))
     assert claims(data, endorsements=endorsed(spki), roots=pin).tee == "cca"
+
+
+def test_the_page_has_a_row_for_every_step() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attestation" / "cca.md").read_text()
+    assert re.findall(r"^\| `(cca\.\d+-\w+)` \|", page, re.MULTILINE) == list(STEPS)
+    assert ARM_TEST_CPAK in page
+    assert all(profile in page for profile in cca_format.PROFILES)
+    assert "(experimental)" in page.splitlines()[0]

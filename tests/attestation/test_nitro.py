@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -544,3 +546,11 @@ def test_the_real_root_is_the_pinned_one_and_documents_do_not_mix() -> None:
         mixed = cose.dumps([first.message.protected, {}, payload, signature])
         outcomes = [observe(replace(case, files={"doc": mixed})).facts["authentic"] for case in by_name.values()]
         assert not any(outcomes)
+
+
+def test_the_page_has_a_row_for_every_step() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attestation" / "nitro.md").read_text()
+    assert re.findall(r"^\| `(nitro\.\d+-\w+)` \|", page, re.MULTILINE) == list(STEPS)
+    assert AWS_NITRO_ROOT_G1 in page
+    assert f"{nitro_format.LIMIT:,}" in page
+    assert f"{nitro_format.PAYLOAD_LIMIT:,}" in page

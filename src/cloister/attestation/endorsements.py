@@ -30,6 +30,8 @@ class Endorsement:
     | `nvidia-gpu` | `ocsp/<serial of the certificate, hex>` | DER OCSP response |
     | `tpm` | `ak/<name of the AK, hex>` | what the relying party noted when it enrolled the AK: `tpm/enrol.py` |
     | `tpm` | `ca/<SHA-256 of the certificate, hex>` | DER intermediate certificate of an EK or AK chain |
+    | `nitro` | `crl/<any>` | DER revocation list of an authority of the chain; AWS has none |
+    | `cca` | `cpak/<instance id, hex>` or `cpak/<implementation id, hex>` | the platform's public key: JWK or DER |
     """
     data: bytes
     """In the vendor's format."""
