@@ -548,6 +548,23 @@ def test_odd_json_in_documents_is_malformed(value: Any) -> None:
         assert value_or_malformed(partial(dcap_collateral.parse, changed)) is None
 
 
+@pytest.mark.parametrize("version", [2, 0x41])
+def test_a_revocation_list_of_no_version_is_malformed(version: int) -> None:
+    document = json_decode(SIDES[0].collateral())
+    der = bytearray.fromhex(document["pck_crl"])
+    der[der.index(b"\x02\x01\x01") + 2] = version
+    assert refusal(dcap_collateral.parse, json_encode({**document, "pck_crl": der.hex()})).code == "evidence-malformed"
+
+
+def test_a_chain_of_white_space_costs_no_time() -> None:
+    """One pattern over 128 kB: what backtracks here would take minutes."""
+    document = json_decode(SIDES[0].collateral())
+    begin = "-----BEGIN CERTIFICATE-----"
+    for chain in (begin + " " * 130_000, begin * 4_000, (begin + "\n" * 20) * 2_500):
+        data = json_encode({**document, "tcb_info_issuer_chain": chain})
+        assert refusal(dcap_collateral.parse, data).code == "evidence-malformed"
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,7 @@ def from_der(data: bytes, *, where: str) -> RevocationList:
             serials=frozenset(entry.serial_number for entry in loaded),
             _loaded=loaded,
         )
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion) as error:
         raise _malformed(where, str(error)[:200] or "bytes", "one DER revocation list") from error
 
 
