@@ -11,6 +11,7 @@ the order Milan, Genoa, Turin.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Mapping
@@ -120,35 +121,39 @@ def der(data: bytes) -> bytes:
 def endorsements(case: Case) -> Endorsements:
     """Return the vendor chains and revocation lists that lie beside the evidence, under the subjects of `endorsements.py`.
 
-    Their names decide nothing: a chain is filed by the names in its certificates, a list by its issuer's.
+    File names decide nothing: certificates are put together by the names in them, lists by their issuer's. The chain that
+    the case names comes first, and the first certificate of a name counts.
     """
-    items: list[Endorsement] = []
     chains = dict(case.chains)
-    if case.chain in chains:  # the one that the case names comes first, and the first of a subject counts
+    if case.chain in chains:
         chains = {case.chain: chains[case.chain], **chains}
+    named: dict[str, bytes] = {}
     for pem in chains.values():
-        subject = _subject(pem)
-        if subject is not None and all(item.subject != subject for item in items):
-            items.append(Endorsement(EVIDENCE_KIND, subject, pem))
+        try:
+            found = pki.from_pem(pem, where="sev-snp.3-chain", most=32)
+        except EvidenceError:  # somebody else's chain
+            continue
+        for certificate in found:
+            named.setdefault(snp_format.common_name(certificate), certificate.der)
+    items = [
+        Endorsement(EVIDENCE_KIND, f"{line}/{signer}", _armour(named[middle], named[f"ARK-{line}"]))
+        for line in _ORDER
+        for signer, middle in (("vcek", f"SEV-{line}"), ("vlek", f"SEV-VLEK-{line}"))
+        if middle in named and f"ARK-{line}" in named
+    ]
     offered = {name: data for name, data in case.files.items() if name == "crl"} | dict(case.collateral)
     for name, data in offered.items():
-        line = _line_of_list(data)
-        if line is not None:
-            items.append(Endorsement(EVIDENCE_KIND, f"{line}/crl/{name}", data))
+        of = _line_of_list(data)
+        if of is not None:
+            items.append(Endorsement(EVIDENCE_KIND, f"{of}/crl/{name}", data))
     return Endorsements(tuple(items))
 
 
-def _subject(pem: bytes) -> str | None:
-    try:
-        middle = snp_format.common_name(pki.from_pem(pem, where="sev-snp.3-chain")[0])
-    except EvidenceError:
-        return None
-    for line in _ORDER:
-        if middle == f"SEV-{line}":
-            return f"{line}/vcek"
-        if middle == f"SEV-VLEK-{line}":
-            return f"{line}/vlek"
-    return None
+def _armour(*certificates: bytes) -> bytes:
+    return b"".join(
+        b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(each) + b"-----END CERTIFICATE-----\n"
+        for each in certificates
+    )
 
 
 def _line_of_list(data: bytes) -> str | None:

@@ -66,18 +66,19 @@ CPUS: Final[dict[Line, tuple[int, int, int]]] = {"Milan": (0x19, 1, 1), "Genoa":
 
 _LINES: Final[tuple[Line, ...]] = ("Milan", "Genoa", "Turin")
 _STEPPING: Final[dict[Line, str]] = {"Milan": "B0", "Genoa": "B1", "Turin": "C1"}
-_PRIMES: Final = 32
+_PRIME_BITS: Final = 128
 _ORDER: Final = int(  # of P-384, NIST SP 800-186, 3.2.1.4
     "FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973", 16
 )
 _SMALL: Final = math.prod(n for n in range(3, 2000, 2) if all(n % d for d in range(3, math.isqrt(n) + 1, 2)))
 _SALT: Final = 48
 _EXPONENT: Final = 65537
+_SHA256_INFO: Final = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, 9.2, note 1
 
 
 @dataclass(frozen=True, slots=True)
 class RsaKey:
-    """A published RSA key of 4096 bits."""
+    """A published RSA key."""
 
     modulus: int
     parts: tuple[tuple[int, int, int], ...]
@@ -88,26 +89,39 @@ class RsaKey:
         """SubjectPublicKeyInfo."""
         return _rsa_public(self.modulus)
 
+    @property
+    def size(self) -> int:
+        """Bytes of modulus and signatures."""
+        return self.modulus.bit_length() // 8
+
     def sign(self, message: bytes) -> bytes:
-        """Return the RSASSA-PSS signature with SHA-384 of `message`, 512 bytes (RFC 8017, 8.1.1 and 9.1.1)."""
+        """Return the RSASSA-PSS signature with SHA-384 of `message` (RFC 8017, 8.1.1 and 9.1.1)."""
         digest = hashlib.sha384(message).digest()
         salt = hashlib.sha384(b"cloister/soft-snp/salt/1\x00" + digest).digest()
         hashed = hashlib.sha384(bytes(8) + digest + salt).digest()
-        block = bytes(512 - len(hashed) - 1 - _SALT - 1) + b"\x01" + salt
+        block = bytes(self.size - len(hashed) - 1 - _SALT - 1) + b"\x01" + salt
         mask = b"".join(hashlib.sha384(hashed + n.to_bytes(4, "big")).digest() for n in range(10))[: len(block)]
         encoded = (int.from_bytes(block, "big") ^ int.from_bytes(mask, "big")) & ((1 << 8 * len(block) - 1) - 1)
-        value = int.from_bytes(encoded.to_bytes(len(block), "big") + hashed + b"\xbc", "big")
+        return self._raw(encoded.to_bytes(len(block), "big") + hashed + b"\xbc")
+
+    def sign_pkcs1(self, message: bytes) -> bytes:
+        """Return the RSASSA-PKCS1-v1_5 signature with SHA-256 of `message` (RFC 8017, 8.2.1 and 9.2)."""
+        info = _SHA256_INFO + hashlib.sha256(message).digest()
+        return self._raw(b"\x00\x01" + b"\xff" * (self.size - len(info) - 3) + b"\x00" + info)
+
+    def _raw(self, encoded: bytes) -> bytes:
+        value = int.from_bytes(encoded, "big")
         signature = sum(pow(value, exponent, prime) * rest for prime, exponent, rest in self.parts) % self.modulus
-        return signature.to_bytes(512, "big")
+        return signature.to_bytes(self.size, "big")
 
 
 @lru_cache(maxsize=16)
-def derive_rsa_key(label: str) -> RsaKey:
-    """Return the RSA key of a published `label`. Nobody owns it."""
+def derive_rsa_key(label: str, bits: int = 4096) -> RsaKey:
+    """Return the RSA key of a published `label`, of 2048 or 4096 bits. Nobody owns it."""
     primes: list[int] = []
-    for index in range(_PRIMES):
+    for index in range(bits // _PRIME_BITS):
         seed = hashlib.sha256(b"cloister/soft-snp/prime/1\x00" + f"{label}/{index}".encode()).digest()
-        # the six highest bits are one, so the product of 32 has exactly 4096 bits
+        # the six highest bits are one, so the product of 32 (or 16) has exactly 4096 (2048) bits
         candidate = int.from_bytes(seed[:16], "big") | 0xFC << 120 | 1
         while not _is_prime(candidate) or candidate % _EXPONENT == 1 or candidate in primes:
             candidate += 2
