@@ -6,6 +6,7 @@ Real collateral is public and signed; any PCCS or `dcap-qvl` client can write it
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -15,18 +16,29 @@ from typing import Final
 from cloister.attestation.collateral.read import recognise
 from cloister.attestation.dcap import collateral as dcap_collateral
 from cloister.attestation.endorsements import Endorsement, Endorsements
-from cloister.attestation.soft import sgx as soft_sgx
-from cloister.attestation.soft import snp as soft_snp
-from cloister.attestation.soft import tdx as soft_tdx
 from cloister.errors import EvidenceError, InputError
 
 FILE_LIMIT: Final = 4 * 1024 * 1024
 
 
-def soft_collateral(now: datetime) -> Endorsements:
-    """Return collateral for every soft TEE that is valid at `now`: 30 days from the beginning of yesterday (UTC).
+SOFT: Final = {
+    "cca": "cca",
+    "nitro": "nitro",
+    "nvidia-gpu": "nvidia",
+    "sev-snp": "snp",
+    "sgx": "sgx",
+    "tdx": "tdx",
+    "tpm": "tpm",
+}
+"""Kind of evidence -> module of `attestation.soft` that makes its collateral."""
 
-    It protects nothing. A service that runs longer than a day calls this again; the same day gives the same object.
+
+def soft_collateral(now: datetime, *kinds: str) -> Endorsements:
+    """Return collateral for soft TEEs of `kinds` (default: all) that is valid at `now`.
+
+    It is issued at the beginning of yesterday (UTC) and valid for 30 days; a GPU's OCSP responses live a day, as the vendor's
+    do, so they are issued today. It protects nothing. A service that runs longer than a day calls this again; the same day gives
+    the same objects.
 
     Raises:
         ValueError: `now` has no time zone.
@@ -34,12 +46,17 @@ def soft_collateral(now: datetime) -> Endorsements:
     if now.tzinfo is None:
         raise ValueError("`now` has no time zone")
     day = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    return _soft(day - timedelta(days=1))
+    return _soft(day, tuple(sorted(set(kinds) & SOFT.keys())) if kinds else tuple(SOFT))
 
 
-@lru_cache(maxsize=4)
-def _soft(issued: datetime) -> Endorsements:
-    return Endorsements(soft_tdx.endorsements(issued) + soft_sgx.endorsements(issued) + soft_snp.endorsements(issued))
+@lru_cache(maxsize=16)
+def _soft(day: datetime, kinds: tuple[str, ...]) -> Endorsements:
+    items: list[Endorsement] = []
+    for kind in kinds:
+        issued = day if kind == "nvidia-gpu" else day - timedelta(days=1)
+        made = importlib.import_module(f"cloister.attestation.soft.{SOFT[kind]}").endorsements(issued)
+        items += made.items if isinstance(made, Endorsements) else made
+    return Endorsements(tuple(items))
 
 
 def load_collateral(path: Path) -> Endorsements:
