@@ -31,6 +31,8 @@ MADE: dict[str, Callable[..., Any]] = {
     "soft-nitro": lambda *given, **options: soft.SoftNitroAttester(*given, clock=lambda: NOW, **options),
     "soft-tpm": soft.SoftTpmAttester,
     "soft-cca": soft.SoftCcaAttester,
+    "soft-azure-snp": soft.SOFT["soft-azure-snp"],
+    "soft-azure-tdx": soft.SOFT["soft-azure-tdx"],
 }
 DEBUGGED = [kind for kind in SOFT_KINDS if kind not in ("soft-tpm",)]
 

@@ -94,7 +94,7 @@ def _evidence() -> list[Finding]:
 
     findings = []
     for sight in look():
-        where = ", ".join(str(path) for path in sight.traces) or "found by the kernel"
+        where = ", ".join(str(path) for path in sight.traces) or "the kernel says so"
         if sight.missing:
             lacking = "; ".join(f"{reason.found}, wanted {reason.wanted}" for reason in sight.missing)
             remedies = "; ".join(dict.fromkeys(reason.hint for reason in sight.missing if reason.hint))
@@ -121,6 +121,8 @@ _NAMES = {
     "cca": "an Arm CCA realm",
     "sgx": "an SGX enclave",
     "nitro": "an AWS Nitro enclave",
+    "azure-snp": "an Azure confidential VM on SEV-SNP",
+    "azure-tdx": "an Azure confidential VM on TDX",
 }
 
 

@@ -204,6 +204,18 @@ def _cca() -> Hardware:
     return CcaAttester()
 
 
+def _azure_snp() -> Hardware:
+    from cloister.attestation.edge.azure import AzureAttester
+
+    return AzureAttester("azure-snp")
+
+
+def _azure_tdx() -> Hardware:
+    from cloister.attestation.edge.azure import AzureAttester
+
+    return AzureAttester("azure-tdx")
+
+
 def _tpm() -> Hardware:
     from cloister.attestation.edge.tpm import TpmAttester
 
@@ -211,7 +223,16 @@ def _tpm() -> Hardware:
 
 
 HARDWARE: Final[Mapping[str, Find]] = MappingProxyType(
-    {"sgx": _sgx, "nitro": _nitro, "tdx": _tdx, "sev-snp": _snp, "cca": _cca, "tpm": _tpm}
+    {
+        "sgx": _sgx,
+        "nitro": _nitro,
+        "tdx": _tdx,
+        "sev-snp": _snp,
+        "cca": _cca,
+        "azure-snp": _azure_snp,
+        "azure-tdx": _azure_tdx,
+        "tpm": _tpm,
+    }
 )
 """Kind -> its attester, in the order in which `auto` looks: what encloses a process comes before what encloses
 its machine, and a TPM, which encloses nothing, is last."""
@@ -253,7 +274,9 @@ def look(
     return tuple(seen)
 
 
-SOFT_KINDS: Final = ("soft-tdx", "soft-sev-snp", "soft-sgx", "soft-nitro", "soft-tpm", "soft-cca")
+SOFT_KINDS: Final = (
+    "soft-tdx", "soft-sev-snp", "soft-sgx", "soft-nitro", "soft-tpm", "soft-cca", "soft-azure-snp", "soft-azure-tdx",
+)  # fmt: skip
 """Software that is made only when it is named; see `soft`."""
 
 

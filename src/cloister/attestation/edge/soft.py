@@ -4,20 +4,22 @@ Each behaves as its hardware does: the same evidence bytes, the same place for t
 event can still be recorded. Only the root differs, whose private key is public.
 
 `measurement` is 48 bytes of whatever the caller measures. What a verifier then finds under the name `Claims.launch` is
-`launch`: the 48 bytes where the hardware has room for them, their first 32 for SGX, and for a TPM the boot aggregate of a host
-whose kernel is `measurement`.
+`launch`: the 48 bytes where the hardware has room for them, their first 32 for SGX, and for a TPM and an Azure VM the boot
+aggregate of a host whose kernel is `measurement`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from cloister.attestation import events as event_log
 from cloister.attestation.edge.attester import Attester, DeviceAttester
 from cloister.attestation.logs import ima
+from cloister.attestation.soft import azure as soft_azure
 from cloister.attestation.soft import cca as soft_cca
 from cloister.attestation.soft import nitro as soft_nitro
 from cloister.attestation.soft import nvidia as soft_nvidia
@@ -223,13 +225,51 @@ class SoftTpmAttester(_Soft):
 
     @property
     def launch(self) -> bytes:
-        pcrs = self._host.pcrs(())
-        return ima.boot_aggregate(pcrs[index] for index in range(10))
+        return _boot_aggregate(self._host)
 
     def evidence(self, report_data: bytes) -> Evidence:
         if len(report_data) != 32:
             raise ValueError(f"qualifying data of {len(report_data)} bytes, wanted 32")
         return soft_tpm.evidence(self._machine, report_data=report_data, host=self._host, events=self._events)
+
+
+class SoftAzureAttester(_Soft):
+    """An Azure confidential VM in software, with its paravisor and vTPM. It protects nothing.
+
+    Args:
+        measurement: 48 bytes that stand for the kernel, as for `SoftTpmAttester`.
+        kind: `azure-snp` or `azure-tdx`.
+        debug: set the debug bit of the hardware report, for tests.
+        devices: attested beside the VM.
+    """
+
+    notice = soft_azure.NOTICE
+    report_data_bytes = 32
+
+    def __init__(
+        self,
+        measurement: bytes,
+        *,
+        kind: Literal["azure-snp", "azure-tdx"] = "azure-snp",
+        debug: bool = False,
+        devices: tuple[DeviceAttester, ...] = (),
+    ) -> None:
+        super().__init__(measurement, devices)
+        self.name = f"soft-{kind}"
+        self._evidence = soft_azure.snp_evidence if kind == "azure-snp" else soft_azure.tdx_evidence
+        self._host = soft_tpm.host(kernel=measurement)
+        self._debug = debug
+
+    @property
+    def launch(self) -> bytes:
+        return _boot_aggregate(self._host)
+
+    def evidence(self, report_data: bytes) -> Evidence:
+        if len(report_data) != 32:
+            raise ValueError(f"qualifying data of {len(report_data)} bytes, wanted 32")
+        return self._evidence(
+            report_data=report_data, host=self._host, events=self._events, report={"debug": self._debug}
+        )
 
 
 class SoftCcaAttester(_Soft):
@@ -261,6 +301,11 @@ class SoftCcaAttester(_Soft):
         signed = self._signed(report_data)
         token = soft_cca.token(self._machine, rim=self._measurement, challenge=signed, lifecycle=self._lifecycle)
         return Evidence("cca", token, self._events)
+
+
+def _boot_aggregate(host: soft_tpm.Host) -> bytes:
+    pcrs = host.pcrs(())
+    return ima.boot_aggregate(pcrs[index] for index in range(10))
 
 
 class SoftGpuAttester:
@@ -310,6 +355,8 @@ SOFT: Final[Mapping[str, Callable[[bytes], Attester]]] = MappingProxyType(
         "soft-nitro": SoftNitroAttester,
         "soft-tpm": SoftTpmAttester,
         "soft-cca": SoftCcaAttester,
+        "soft-azure-snp": partial(SoftAzureAttester, kind="azure-snp"),
+        "soft-azure-tdx": partial(SoftAzureAttester, kind="azure-tdx"),
     }
 )
 """Name -> attester of a measurement, as `find_attester` takes it."""
