@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable
+from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 
 from cloister.attestation.edge import nvml
 from cloister.attestation.edge.nvml import GpuAttester, State, confidential_gpus, find_gpus, set_ready, state
+from cloister.attestation.soft import nvidia as soft_nvidia
 from cloister.attestation.types import Claims
+from cloister.attestation.verify import verify
 from cloister.errors import MachineError
+from cloister.testkit.softtee import NOW, SOFT_ROOTS
+from tests.attestation.helpers import SHARED
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
 
@@ -143,6 +148,28 @@ def test_a_report_and_its_chain(driver: Driver, gpu: GpuAttester) -> None:
     assert driver.ready == []
     with pytest.raises(ValueError, match="32"):
         gpu.evidence(bytes(64))
+
+
+def test_what_it_sends_is_verified(driver: Driver, gpu: GpuAttester) -> None:
+    device = soft_nvidia.gpu()
+    driver.report, driver.chain = lambda nonce: soft_nvidia.report(device, nonce), device.chain + b"\x00"
+    collateral = soft_nvidia.endorsements(NOW - timedelta(hours=1))
+    claims = verify(gpu.evidence(NONCE), collateral, SOFT_ROOTS, now=NOW)
+    assert (claims.tee, claims.gpu, claims.report_data) == ("soft-nvidia-gpu", "confidential", NONCE)
+
+
+@pytest.mark.parametrize("name", ["h100-550.90.07", "h100-580.95.05-coco", "gb100-575.32"])
+def test_reports_of_real_gpus_have_the_nonce_where_it_is_looked_for(
+    driver: Driver, gpu: GpuAttester, name: str
+) -> None:
+    folder = SHARED / "vectors" / "attestation" / "nvidia"
+    if not folder.is_dir():
+        pytest.skip("no vectors beside the repository")
+    report = (folder / f"{name}.bin").read_bytes()
+    driver.report, driver.chain = lambda nonce: report, (folder / f"{name}-chain.pem").read_bytes()
+    assert gpu.evidence(report[4:36]).quote == report
+    with pytest.raises(MachineError, match="another nonce"):
+        gpu.evidence(NONCE)
 
 
 @pytest.mark.parametrize(
