@@ -288,13 +288,13 @@ def test_an_entry_takes_few_microseconds() -> None:
     ]
     data, quoted = b"".join(entries), pcr(entries)
     best = min(_seconds(data, quoted) for _ in range(5))
-    assert best / 5000 < 20e-6  # measured: 4 to 5 us; the bound is for busy machines
+    assert best / 5000 < 30e-6  # measured: 4 to 5 us of CPU; the bound is for busy machines
 
 
 def _seconds(data: bytes, quoted: bytes) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     advance(ima.start(5), data, quoted)
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 # --- hostile bytes ----------------------------------------------------------------------------------------------------

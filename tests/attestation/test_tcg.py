@@ -314,9 +314,9 @@ def test_missing_exchanged_added_and_changed_events_replay_otherwise() -> None:
 
 
 def test_time_is_linear_in_a_log_full_of_almost_padding() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     parse(agile(event20(0, 0, b"") * 10_000) + b"\x00" * 1_000_000)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 # --- real logs --------------------------------------------------------------------------------------------------------

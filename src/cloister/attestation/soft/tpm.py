@@ -96,9 +96,9 @@ def authority(label: str = LABEL) -> Authority:
     """Return the test authority of `label`."""
     root_key, ca_key = derive_key(f"{label}/root"), derive_key(f"{label}/ca")
     root_name = _name("Cloister SOFT TPM test root - protects nothing")
-    root = _certificate(root_name, root_key, root_name, root_key, serial=1, ca_depth=1)
+    root = _certificate(root_name, root_key.public_key(), root_name, root_key, serial=1, ca_depth=1)
     ca_name = _name("Cloister SOFT TPM authority - protects nothing")
-    ca = _certificate(ca_name, ca_key, root_name, root_key, serial=2, ca_depth=0)
+    ca = _certificate(ca_name, ca_key.public_key(), root_name, root_key, serial=2, ca_depth=0)
     return Authority(root_key, root, ca_key, ca)
 
 
@@ -158,7 +158,7 @@ def machine(
     ca_name = issuer.ca.subject
     ak_certificate = _certificate(
         _name("Cloister SOFT attestation key - protects nothing"),
-        certified_key,
+        certified_key.public_key(),
         ca_name,
         issuer.ca_key,
         serial=serial,
@@ -168,7 +168,7 @@ def machine(
     )
     ek_certificate = _certificate(
         x509.Name([]),
-        ek_key,
+        ek_key.public_key(),
         ca_name,
         issuer.ca_key,
         serial=serial + 1,
@@ -477,7 +477,7 @@ def _tpm_names() -> x509.SubjectAlternativeName:
 
 def _certificate(
     subject: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePublicKey,
     issuer: x509.Name,
     issuer_key: ec.EllipticCurvePrivateKey,
     *,
@@ -494,12 +494,12 @@ def _certificate(
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(serial)
         .not_valid_before(start)
         .not_valid_after(end)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(
             x509.KeyUsage(
                 digital_signature=not is_ca and not agreement,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 from typing import Final
 
 from cloister.attestation.endorsements import Endorsements
@@ -83,6 +84,7 @@ def check(
     crls = _lists(endorsements.all(KIND, "crl/"), chain_at)
     until = check_path(found, now=now, where=chain_at, crls=crls, anchored=True)
     _current(found, crls, now, chain_at)
+    _in_order(chain, chain_at)
     return Identity(tee, sha256(root.der).hexdigest(), until, describe(found))
 
 
@@ -114,6 +116,23 @@ def tpm_names(certificate: Certificate) -> dict[str, str]:
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
     return found
+
+
+def _in_order(chain: Sequence[Certificate], where: str) -> None:
+    """Refuse certificates that belong to nothing, also above the one that is believed: evidence holds no spare bytes."""
+    for certificate, issuer in pairwise(chain):
+        if certificate.issuer_der != issuer.subject_der or certificate.issuer_der == certificate.subject_der:
+            raise EvidenceError(
+                "the certificates of a TPM key are no chain",
+                code="evidence-not-authentic",
+                reasons=[
+                    Reason(
+                        f"{where}.issuer",
+                        f"{certificate.subject or 'a leaf'}, then {issuer.subject or 'another leaf'}",
+                        "each certificate followed by its issuer's, and nothing after a root",
+                    )
+                ],
+            )
 
 
 def _completed(

@@ -23,12 +23,15 @@ Steps; an error names the step that refused:
 
 Boot log: PCR 0 - 9 that were quoted must be what the log leads to, or unextended; PCR 0 - 7 must be quoted. Events of other
 registers are kept where their replay gives the quoted value and dropped where it does not: programs extend those later.
+`Claims.platform`: `ak` is SHA-256 of the AK's SubjectPublicKeyInfo; of an enrolled host also `ak_name` and `ek` (`enrol.ek_id`).
 `Claims.boot` is `sha256:` and the boot aggregate, SHA-256(PCR 0 || .. || PCR 9) of the SHA-256 bank, where all ten were quoted.
 
 Not checked on purpose:
   - that a TPM is a chip: a TPM that its host emulates is as good as its root, so no root is believed by default
   - a debug mode: a TPM host has none that its TPM would state. `debug` is False: administrators can read the memory of such a
     host anyhow, which is why its kind is `attested-host` and never `tee`
+  - attributes of an AK under a certificate: the certificate names the key only, so its authority answers for them. Those that
+    came are checked all the same; an enrolment holds for the name, which covers them
   - `safe`, resetCount, restartCount, firmware version: claims, for a policy
   - PCRs of SHA-1 banks: quoted values are checked like others and then dropped; SHA-1 signs nothing here
   - files against an allow list: `tpm/host.py`, with the relying party's list
@@ -36,6 +39,7 @@ Not checked on purpose:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
@@ -246,7 +250,8 @@ def identity(
         EvidenceError: `evidence-malformed` or `evidence-not-authentic`, at steps 3 to 5.
     """
     name = ak.name.hex()
-    platform = {"ak": name}
+    # a certificate names the key and not its attributes, so its id is of the key: else spare bits would make new names
+    platform = {"ak": hashlib.sha256(ak.spki).hexdigest()}
     noted = endorsements.get(KIND, f"ak/{name}")
     # (3)
     if certificate is None and noted is None:
@@ -262,7 +267,7 @@ def identity(
     chain: tuple[str, ...] = ()
     if noted is not None:
         tee, until, ek = _noted(ak, noted, roots, now)
-        platform["ek"] = ek
+        platform |= {"ek": ek, "ak_name": name}
     if certificate is not None:
         certificates = chains.split(certificate, where="tpm.4-chain.format")
         leaf = certificates[0]
