@@ -72,6 +72,8 @@ def test_what_every_verb_has() -> None:
         "--insecure-soft-tee",
         "--trust-broker",
         "--trust-node",
+        "--trust-tee",
+        "--trust-root",
         "--json",
     ]
 

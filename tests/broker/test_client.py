@@ -181,6 +181,9 @@ def test_clock_of_another_time_is_named(broker: RunningBroker, clock: Clock, day
 
 def _release_with_old_nonce(client: BrokerClient, contract: str, clock: Clock) -> None:
     class Late:
+        devices = ()
+        report_data_bytes = 64
+
         def evidence(self, report_data: bytes) -> object:
             clock.ahead = timedelta(seconds=90)
             return trainer_node().evidence(report_data)

@@ -46,6 +46,7 @@ def example(field: wire.Field) -> Any:
                 f"({wire.NAME})?": "train",
                 wire.LEASE: "l-" + "0" * 32,
                 wire.DENIAL: "d-" + "0" * 12,
+                wire.ROOT: "tpm:" + "ab" * 32,
                 f"({wire.DENIAL})?": "",
                 "[0-9]{4}-[0-9]{2}-[0-9]{2}": "2027-01-01",
                 "[a-z]+": "denied",

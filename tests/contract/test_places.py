@@ -98,7 +98,7 @@ def test_everything_compiles_into_the_one_policy() -> None:
         gpu_allow=frozenset({("ueid", "a1")}),
     )
     tdx, sgx = policy.software
-    assert (tdx.label, tdx.tee, tdx.measurements["rtmr1"]) == ("node-7", "tdx", {b"\x22" * 48, b"\x33" * 48})
+    assert (tdx.label, tdx.tee, tdx.measurements["rtmr1"]) == ("node-7", "tdx", frozenset({b"\x22" * 48, b"\x33" * 48}))
     assert tdx.log == (LogRule(2, frozenset({b"\x44" * 48}), only=True),)
     assert (sgx.tee, dict(sgx.svns_equal), dict(sgx.svns_least)) == ("", {"isvprodid": 7}, {"isvsvn": 3})
 

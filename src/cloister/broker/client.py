@@ -6,9 +6,10 @@ The order of trust, on every TCP connection:
   2 pin          SHA-256 of the certificate's SPKI is the one that was attested; if so, done
   3 evidence     else: a fresh nonce; the evidence is authentic (attestation.verify) and bound to nonce, HPKE key, this
                  SPKI and this request; so whoever ends this TLS connection is the TEE that holds the HPKE key
-  4 software     the platform, its firmware and `mrtd` are what `Trust` wants
+  4 software     the platform, its firmware and its launch measurement are what `Trust` wants
   5 config       one event, `cloister/config/1`, says what the broker accepts and which key signs its log; every node
-                 software that it gives keys to is one that `Trust` wants: the operator chooses what he starts it with
+                 software that it gives keys to, and every root that it believes besides the vendors', is one that `Trust`
+                 wants: the operator chooses what he starts it with
   6 memory       the log key and the HPKE key are those seen before at this address (`broker-replaced`), and the log is a
                  consistent extension of the last checkpoint seen (`log-tampered`)
 
@@ -30,13 +31,14 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from cryptography import x509
@@ -48,15 +50,18 @@ from cloister.attestation.binding import Binding, check_binding
 from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.events import config_of
 from cloister.attestation.roots import Roots
-from cloister.attestation.types import Claims, Evidence, Policy
-from cloister.attestation.verify import verify
+from cloister.attestation.types import Claims, Policy
+from cloister.attestation.verify import VERIFIERS, verify
 from cloister.broker import wire
 from cloister.broker.log import tree
 from cloister.broker.log.checkpoint import open_checkpoint
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret, mac, wrap
 from cloister.crypto.note import Verifier
-from cloister.errors import CloisterError, EvidenceError, InputError, PeerError, Reason, TamperedError
+from cloister.errors import CloisterError, EvidenceError, InputError, MachineError, PeerError, Reason, TamperedError
+
+if TYPE_CHECKING:
+    from cloister.attestation.edge.attester import Attester
 
 BACK_OFF_S: Final = (0.1, 0.3, 0.8, 1.6, 3.0)
 """Pauses before each retry after a lost connection: 5.8 s in all; a broker restarts in about 2 s (bench/release.py)."""
@@ -70,12 +75,6 @@ LISTEN_VALID: Final = timedelta(minutes=50)
 """The broker takes an hour; its clock may be behind."""
 
 T = TypeVar("T")
-
-
-class Attester(Protocol):
-    """What produces evidence; `attestation.edge.attester` has the real ones."""
-
-    def evidence(self, report_data: bytes) -> Evidence: ...
 
 
 class Signer(Protocol):
@@ -96,9 +95,10 @@ def own_measurement() -> bytes:
 class Trust:
     """What a client believes of a broker.
 
-    `broker_measurements` are accepted values of `mrtd` (48 bytes); None means the Cloister package that this client
-    itself runs, and nothing else. `allow_soft` admits a soft TEE, which protects nothing; it needs `roots.soft` too.
-    `node_measurements` are accepted values of `mrtd` of the nodes that the broker gives keys to; None means the same as
+    `broker_measurements` are accepted launch measurements (`mrtd`, `mrenclave`, `measurement`, `pcr0`, ...); None means the
+    Cloister package that this client itself runs, and nothing else. `accept` are the TEE types of a broker. `allow_soft` admits a
+    soft TEE, which protects nothing; it needs `roots.soft` too. `roots.also` are the only further roots that a broker may believe.
+    `node_measurements` are accepted launch measurements of the nodes that the broker gives keys to; None means the same as
     for the broker. `endorsements` is vendor collateral for the broker's machine; for a soft TEE it is made here.
     """
 
@@ -107,32 +107,43 @@ class Trust:
     allow_soft: bool = False
     endorsements: Endorsements = field(default_factory=Endorsements)
     node_measurements: frozenset[bytes] | None = None
+    accept: frozenset[str] = frozenset({"tdx"})
 
-    def policy(self) -> Policy:
-        """Return the appraisal policy for the broker; the only place where `Trust` becomes one."""
+    def policy(self, launch: str) -> Policy:
+        """Return the appraisal policy for a broker whose launch measurement is called `launch`; the only place where `Trust`
+        becomes one. Hardware without a launch measurement (empty) is refused."""
         return Policy(
             where="broker",
             kind="tee",
-            accept=frozenset({"tdx", SIMULATED} if self.allow_soft else {"tdx"}),
-            reference_values={"mrtd": self._software()},
+            accept=self.accept | {SIMULATED} if self.allow_soft else self.accept - {SIMULATED},
+            reference_values={launch or "launch": self._software() if launch else frozenset()},
         )
 
     def nodes(self) -> frozenset[bytes]:
-        """Return the accepted values of `mrtd` of a node."""
+        """Return the accepted launch measurements of a node."""
         return self._software() if self.node_measurements is None else self.node_measurements
 
     def _software(self) -> frozenset[bytes]:
         return frozenset({own_measurement()}) if self.broker_measurements is None else self.broker_measurements
 
     def appraise_config(self, config: wire.BrokerConfig) -> tuple[Reason, ...]:
-        """Return why a broker with `config` is not wanted: it gives keys to node software that is not trusted here."""
+        """Return why a broker with `config` is not wanted: it gives keys to node software that is not trusted here, or
+        believes a root that is not."""
+        reasons = []
         wanted = self.nodes()
         foreign = [each for each in config.node_measurements if each not in wanted]
-        if not foreign:
-            return ()
-        found = ", ".join(each.hex() for each in foreign)
-        hint = "ask its operator which software that is; it gets every key that a contract releases"
-        return (Reason("broker.node_measurements", found, " or ".join(sorted(each.hex() for each in wanted)), hint),)
+        if foreign:
+            found = ", ".join(each.hex() for each in foreign)
+            hint = "ask its operator which software that is; it gets every key that a contract releases"
+            trusted = " or ".join(sorted(each.hex() for each in wanted)) or "nothing"
+            reasons.append(Reason("broker.node_measurements", found, trusted, hint))
+        pins = {f"{kind}:{pin}" for kind, known in self.roots.also.items() for pin in known}
+        strange = [root for root in config.roots if root not in pins]
+        if strange:
+            hint = "whoever has the key of such a root makes nodes as he likes; name it with --trust-root if you believe it"
+            trusted = " or ".join(sorted(pins)) or "the vendors' roots and no other"
+            reasons.append(Reason("broker.roots", ", ".join(strange), trusted, hint))
+        return tuple(reasons)
 
     def collateral(self, now: datetime) -> Endorsements:
         if not (self.allow_soft and self.roots.soft):
@@ -140,6 +151,34 @@ class Trust:
         from cloister.attestation.edge.collateral import soft_collateral
 
         return self.endorsements | soft_collateral(now)
+
+
+def root_pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
+    """Return `Roots.also` for (kind of evidence, file of one root certificate, PEM or DER).
+
+    Raises:
+        InputError: an unknown kind, or a file that cannot be read or is not one certificate.
+    """
+    from cloister.attestation.pki import certificate
+
+    pins: dict[str, set[str]] = {}
+    for kind, name in pairs:
+        if kind not in VERIFIERS:
+            raise InputError(
+                f"there is no evidence of kind '{kind}'", reasons=(Reason("root.kind", kind, " or ".join(VERIFIERS)),)
+            )
+        try:
+            data = Path(name).read_bytes()
+            if data.startswith(b"-----"):
+                (root,) = certificate.from_pem(data, where="root", most=1)
+            else:
+                root = certificate.from_der(data, where="root")
+        except EvidenceError as error:
+            raise InputError(f"{name} is not one certificate", reasons=error.reasons, hint="PEM or DER") from error
+        except OSError as error:
+            raise InputError(f"cannot read the root certificate {name}: {error.strerror}") from error
+        pins.setdefault(kind, set()).add(wire.sha256(root.der).hex())
+    return MappingProxyType({kind: frozenset(values) for kind, values in pins.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +386,7 @@ class BrokerClient:
 
         def attempt() -> Release:
             binding = self._binding("release", pair.public, contract, phase, ask.hashed())
-            evidence = evidence_format.encode(attester.evidence(binding.report_data()))
+            evidence = _evidence(attester, binding)
             request = wire.ReleaseRequest(ask, binding.nonce, pair.public, evidence)
             reply = wire.ReleaseReply.decode(self._exchange("POST", "release", request.encode(), pin=binding.peer_key))
             opened = _unseal(pair, reply.sealed, wire.RELEASE_INFO + binding.encode())
@@ -362,7 +401,7 @@ class BrokerClient:
 
         def attempt() -> Release:
             binding = self._binding("renew", release.keypair.public, release.contract, release.phase, ask.hashed())
-            evidence = evidence_format.encode(attester.evidence(binding.report_data()))
+            evidence = _evidence(attester, binding)
             request = wire.RenewRequest(ask, binding.nonce, release.keypair.public, evidence)
             reply = wire.RenewReply.decode(self._exchange("POST", "renew", request.encode(), pin=binding.peer_key))
             lease = replace(release.lease, expires=reply.expires, renew_after=reply.renew_after)
@@ -552,14 +591,13 @@ class BrokerClient:
         now = self._clock()
         binding = Binding("broker", request.nonce, reply.key, spki, request=request.hashed())
         try:
-            claims = verify(
-                evidence_format.decode(reply.evidence), self._trust.collateral(now), self._trust.roots, now=now
-            )
+            evidence = evidence_format.decode(reply.evidence)
+            claims = verify(evidence, self._trust.collateral(now), self._trust.roots, now=now)
         except EvidenceError as error:
             raise self._with_skew(error) from error
-        reasons = check_binding(claims, binding) + tuple(  # 3, 4
-            replace(one, hint=_OTHER_SOFTWARE) if one.where == "broker.mrtd" else one
-            for one in appraise(claims, self._trust.policy())
+        reasons = check_binding(claims, binding.over(evidence.devices)) + tuple(  # 3, 4
+            replace(one, hint=_OTHER_SOFTWARE) if one.where == f"broker.{claims.launch}" else one
+            for one in appraise(claims, self._trust.policy(claims.launch), today=now.astimezone(UTC).date())
         )
         config: wire.BrokerConfig | None = None
         try:
@@ -690,6 +728,24 @@ class Listener:
             )
             self._signed = statement, self._sign(statement.encode(), namespace="listen@cloister")
         return self._signed
+
+
+def _evidence(attester: Attester, binding: Binding) -> bytes:
+    """Return evidence of this machine and its devices as a message carries it.
+
+    Raises:
+        MachineError: it does not answer, or shows more than a broker takes.
+    """
+    from cloister.attestation.edge.attester import attest  # a client that is no node needs no attester
+
+    evidence = evidence_format.encode(attest(attester, binding))
+    if len(evidence) > wire.MAX_EVIDENCE:
+        raise MachineError(
+            f"the evidence of this machine has {len(evidence)} bytes",
+            reasons=(Reason("evidence.size", f"{len(evidence)} bytes", f"at most {wire.MAX_EVIDENCE}"),),
+            hint="a long boot or IMA log: restart the machine, or measure fewer files",
+        )
+    return evidence
 
 
 def _since_boot_s() -> float:

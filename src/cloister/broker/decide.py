@@ -5,11 +5,13 @@ of all steps that could be judged:
 
   1 nonce      issued by this broker, not used before, at most 60 s old            `evidence-stale`
   2 authentic  attestation.verify: vendor's chain, signature, event log            stops: nothing else is known then
-  3 bound      report data == Binding(purpose, nonce, key, our TLS key, contract, phase, digest of the request)
-  4 software   `mrtd` is an accepted node measurement; an empty list accepts nothing
+  3 bound      report data == Binding(purpose, nonce, key, our TLS key, contract, phase, digest of the request, devices),
+               and each device is bound to the same without devices
+  4 software   the launch measurement of this hardware (`mrtd`, `mrenclave`, `measurement`, `pcr0`, ...) is an accepted
+               node measurement; an empty list accepts nothing, and so does hardware without a launch measurement
   5 workload   exactly one workload event: code digest, sandbox, profile, level; the profile is this software's own of
                that name, and the level is one that the sandbox needs
-  6 lease      (renew only) known, live, same key, same workload
+  6 lease      (renew only) known, live, same key, same workload, same machine
   7 contract   known and active; contract.decide for every asset to read and to write: expiry, signatures, code,
                sandbox, asset, place
   8 keys       every asset to read has a key, deposited by its owner or made for an earlier phase
@@ -17,6 +19,7 @@ of all steps that could be judged:
 
 Steps 1 to 5 are `EvidenceError`; 6 to 9 are `DeniedError`, with code `lease-refused` if step 6 refused; if nothing but
 signatures is missing, `WaitingError`.
+A lease ends when its evidence does, if that is earlier: when the first certificate or piece of collateral under it ends.
 `answer` and `opened` judge the two requests that need no evidence of their own.
 Budgets are judged here and spent by the store, which re-checks the number in its transaction.
 
@@ -31,7 +34,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from cloister.attestation.appraise import appraise
+from cloister.attestation.appraise import appraise, identities
 from cloister.attestation.binding import Binding, check_binding
 from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.events import Workload, workload_of
@@ -59,7 +62,7 @@ OPEN_LIFE: Final = timedelta(hours=24)
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """What this broker accepts of nodes: vendor roots, collateral, launch measurements (`mrtd`) of node software."""
+    """What this broker accepts of nodes: roots, collateral, launch measurements of node software on any hardware."""
 
     roots: Roots
     endorsements: Endorsements
@@ -262,7 +265,7 @@ def _judge(
         code = "evidence-stale" if stale else error.code
         return Refusal(EvidenceError(error.message, code=code, reasons=(*stale, *error.reasons), hint=error.hint))
 
-    bound = check_binding(claims, binding)  # 3
+    bound = check_binding(claims, binding.over(evidence.devices))  # 3
     return _judge_claims(
         contract_id, phase, reads, writes, claims, bound, stale, known, holdings, trusted, lease, now,
         held=held, key=binding.key, asked=asked,
@@ -289,6 +292,10 @@ def _judge_claims(
 ) -> Grant | Refusal:
     unacceptable = list(bound)
     unacceptable += appraise(claims, _software(claims, trusted))  # 4
+    until = valid_until(claims)
+    expires = now + lease if until is None else min(now + lease, until)
+    if expires <= now:  # `verify` refuses what is over; this holds whatever a verifier forgets
+        unacceptable.append(Reason("evidence.valid_until", wire.format_time(expires), f"after {wire.format_time(now)}"))
     workload: Workload | None = None
     try:
         workload = workload_of(claims)  # 5
@@ -297,7 +304,7 @@ def _judge_claims(
         unacceptable += error.reasons
     denied = list(asked)
     if held is not None:
-        denied += _same_lease(held, key, workload, now)  # 6
+        denied += _same_lease(held, key, workload, claims, now)  # 6
     got: tuple[Read, ...] = ()
     made: tuple[Write, ...] = ()
     if known is None:  # 7
@@ -317,8 +324,13 @@ def _judge_claims(
     refused = _error(stale, _once(unacceptable), _once(denied))
     if refused is not None or workload is None:
         return Refusal(refused or _lease_error(Reason("workload", "none", "one")), claims, workload)
-    expires = now + lease
-    return Grant(claims, workload, got, made, expires, now + lease / 2)
+    return Grant(claims, workload, got, made, expires, now + (expires - now) / 2)
+
+
+def valid_until(claims: Claims) -> datetime | None:
+    """Return when the first certificate or piece of collateral under `claims` or a device of it ends; None: never."""
+    ends = [one.valid_until for one in (claims, *claims.devices) if one.valid_until is not None]
+    return min(ends, default=None)
 
 
 def nonce_reasons(issued: datetime | None, now: datetime) -> tuple[Reason, ...]:
@@ -332,17 +344,18 @@ def nonce_reasons(issued: datetime | None, now: datetime) -> tuple[Reason, ...]:
 
 
 def _software(claims: Claims, trusted: Trusted) -> Policy:
-    # only rule 8 of the appraisal is meant here; the contract's place judges the platform (step 7)
+    # only the launch measurement is meant here; the contract's place judges the platform and its software (step 7)
+    statuses = {claims.tcb_status, *(device.tcb_status for device in claims.devices)}
     return Policy(
         where="node",
-        kind=claims.kind,
+        kind="tee" if claims.kind == "device" else claims.kind,  # a device alone is no node
         accept=frozenset({"simulated" if claims.soft else claims.tee}),
         debug=True,
         gpu="none",
         boot=frozenset() if claims.boot is None else frozenset({claims.boot}),
         scheme=claims.scheme,
-        tcb_statuses=frozenset({claims.tcb_status}) - {""},
-        reference_values={"mrtd": trusted.node_measurements},
+        tcb_statuses=frozenset(statuses) - {""},
+        reference_values={claims.launch or "launch": trusted.node_measurements if claims.launch else frozenset()},
     )
 
 
@@ -374,7 +387,7 @@ def confinement(workload: Workload, claims: Claims) -> list[Reason]:
     return reasons
 
 
-def _same_lease(held: LeaseFacts, key: bytes, workload: Workload | None, now: datetime) -> list[Reason]:
+def _same_lease(held: LeaseFacts, key: bytes, workload: Workload | None, claims: Claims, now: datetime) -> list[Reason]:
     reasons = []
     if now >= held.expires:
         reasons.append(
@@ -387,7 +400,14 @@ def _same_lease(held: LeaseFacts, key: bytes, workload: Workload | None, now: da
             found, wanted = getattr(workload, name), getattr(held, name)
             if wanted is not None and found != wanted:
                 reasons.append(Reason(f"lease.{name}", _show(found), _show(wanted), "start a fresh node"))
+    if held.claims is not None and (before := _machine(held.claims)) != (after := _machine(claims)):
+        # the key never leaves its TEE: on another machine it is a copy
+        reasons.append(Reason("lease.machine", after, before, "start a fresh node there"))
     return reasons
+
+
+def _machine(claims: Claims) -> str:
+    return ", ".join((claims.tee, *identities(claims)))
 
 
 def _show(value: str | bytes) -> str:

@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypedDict
 
 import cloister
 from cloister.attestation import evidence as evidence_format
+from cloister.attestation.appraise import identities
 from cloister.attestation.binding import Binding
-from cloister.attestation.edge.attester import Attester
+from cloister.attestation.edge.attester import Attester, attest
 from cloister.attestation.types import Claims, Evidence
 from cloister.broker import decide, relay, session, wire
 from cloister.broker.life import State as Life
@@ -135,7 +136,7 @@ class Keeper:
         """Prove to a client what runs here and which keys are its."""
         binding = Binding("broker", request.nonce, self._keypair.public, self._spki, request=request.hashed())
         # hardware takes milliseconds to seconds for a quote
-        evidence = await asyncio.to_thread(self._attester.evidence, binding.report_data())
+        evidence = await asyncio.to_thread(attest, self._attester, binding)
         now = self._clock()
         return wire.AttestReply(evidence_format.encode(evidence), self._keypair.public, now, self._nonces.issue(now))
 
@@ -533,7 +534,7 @@ class Keeper:
             sandbox=workload.sandbox,
             level=workload.level,
             evidence=evidence,
-            tee=verdict.claims.tee,
+            **_who(verdict.claims),
             hpke_key=digest(key),
             request="sha256:" + ask.hashed().hex(),
             expires=verdict.expires,
@@ -593,7 +594,7 @@ class Keeper:
             raise RuntimeError("a renewal without a lease")
         try:
             done = await self._ledger.renew_lease(
-                lease, evidence=digest(request.evidence), tee=verdict.claims.tee, expires=verdict.expires, now=now
+                lease, evidence=digest(request.evidence), expires=verdict.expires, now=now, **_who(verdict.claims)
             )
         except DeniedError as error:
             refusal = decide.Refusal(error, verdict.claims, verdict.workload)
@@ -946,7 +947,7 @@ class Keeper:
             key=key,
             evidence=evidence,
             code="" if refusal.workload is None else refusal.workload.code,
-            tee="" if refusal.claims is None else refusal.claims.tee,
+            claims=refusal.claims,
         )
 
     async def _refuse(
@@ -961,6 +962,7 @@ class Keeper:
         evidence: str = "",
         code: str = "",
         tee: str = "",
+        claims: Claims | None = None,
     ) -> NoReturn:
         """Log a refusal, then raise it with the id under which it can be read again."""
         denial = _denial_id()
@@ -974,10 +976,28 @@ class Keeper:
             assets=tuple(dict.fromkeys(assets))[:256],
             code=code,
             evidence=evidence,
-            tee=tee,
             hpke_key=digest(key) if key else "",
+            **_who(claims, tee),
         )
         raise _told(error, denial)
+
+
+class _Who(TypedDict):
+    """What an entry says of a machine."""
+
+    tee: str
+    launch: str
+    machine: tuple[str, ...]
+
+
+def _who(claims: Claims | None, tee: str = "") -> _Who:
+    if claims is None:  # nothing was authentic, or another door says what little it knows
+        return _Who(tee=tee, launch="", machine=())
+    # a soft device makes the machine soft, and an entry says so in the one word that readers look at
+    tee = claims.tee if claims.soft == claims.tee.startswith("soft-") else f"soft-{claims.tee}"
+    value = claims.measurements.get(claims.launch, b"")
+    launch = f"{claims.launch}={value.hex()}" if 0 < len(value) <= 64 else ""
+    return _Who(tee=tee, launch=launch, machine=leaves.identities(identities(claims)))
 
 
 def _denial_id() -> str:

@@ -23,16 +23,17 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import uvloop
 
 from cloister.attestation.binding import Binding, check_binding
-from cloister.attestation.edge.attester import Attester, find_attester
+from cloister.attestation.edge.attester import Attester, attest, find_attester
 from cloister.attestation.edge.collateral import load_collateral, soft_collateral
 from cloister.attestation.edge.sealing import Sealer, SoftSealer
 from cloister.attestation.edge.software import measure_package
@@ -62,7 +63,7 @@ SOFT_NOTICE: Final = "soft TEE: this broker protects nothing; contracts must nam
 class Config:
     """What an operator decides; all of it that matters is measured (`wire.BrokerConfig`).
 
-    `node_measurements` are accepted `mrtd` values of nodes; None means nodes that run this same package (which only a
+    `node_measurements` are accepted launch measurements of nodes (`mrtd`, `mrenclave`, `measurement`, `pcr0`, ...); None means nodes that run this same package (which only a
     soft TEE can show). `allow_soft` admits soft TEEs as nodes. `collateral` are files with vendor collateral.
     """
 
@@ -72,6 +73,9 @@ class Config:
     allow_soft: bool = False
     lease_s: int = 600
     collateral: tuple[Path, ...] = field(default=())
+    roots: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
+    """Kind of evidence -> SHA-256 (hex) of further root certificates to believe. Clients refuse a broker that believes one that
+    they do not."""
 
 
 def serve(
@@ -103,7 +107,7 @@ def serve(
     with Ledger.open(state_dir / LEDGER, keys.master, origin=config.origin) as ledger, _listen(host, port) as listener:
         now = clock()
         identity = service.make_identity(now)
-        roots = Roots(soft=config.allow_soft)
+        roots = Roots(soft=config.allow_soft, also=config.roots)
         accepted = config.node_measurements
         measurements = frozenset({own}) if accepted is None else accepted
         measured = wire.BrokerConfig(
@@ -111,13 +115,14 @@ def serve(
             origin=ledger.origin,
             log_key=str(ledger.log_key),
             node_measurements=tuple(sorted(measurements)),
+            roots=tuple(sorted(f"{kind}:{pin}" for kind, pins in config.roots.items() for pin in pins)),
             allow_soft=config.allow_soft,
             lease_s=config.lease_s,
         )
         tee.extend(CONFIG, measured.encode())
         files = _collateral(config.collateral)
         if soft or files.items:
-            _own_test(tee, keys.hpke.public, identity.spki, files, now)
+            _own_test(tee, keys.hpke.public, identity.spki, files, config.roots, now)
         else:
             say(
                 "no collateral is configured: no node on real hardware will be accepted, and my own evidence is untested"
@@ -209,13 +214,16 @@ def _sealer(tee: Attester, folder: Path) -> Sealer:
     )
 
 
-def _own_test(tee: Attester, key: bytes, spki: bytes, files: Endorsements, now: datetime) -> None:
+def _own_test(
+    tee: Attester, key: bytes, spki: bytes, files: Endorsements, also: Mapping[str, frozenset[str]], now: datetime
+) -> None:
     """Verify this broker's own evidence, so that a broken set-up is found here and not by every client."""
     soft = tee.name.startswith("soft")
     endorsements = files | soft_collateral(now) if soft else files
     binding = Binding("broker", secrets.token_bytes(32), key, spki)
-    claims = verify(tee.evidence(binding.report_data()), endorsements, Roots(soft=soft), now=now)
-    reasons = check_binding(claims, binding)
+    evidence = attest(tee, binding)
+    claims = verify(evidence, endorsements, Roots(soft=soft, also=also), now=now)
+    reasons = check_binding(claims, binding.over(evidence.devices))
     if reasons:
         raise EvidenceError("this broker's own evidence is not bound", code="evidence-unacceptable", reasons=reasons)
 

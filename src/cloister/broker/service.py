@@ -40,6 +40,10 @@ KEEP_ALIVE_S: Final = 75
 """A node renews every five minutes and opens a new connection then; a query service asks far more often."""
 GRACE_S: Final = 5
 """On SIGTERM, requests in flight get this long."""
+SMALL: Final = 256 << 10
+EVIDENCE: Final = wire.MAX_EVIDENCE + (64 << 10)
+"""Body caps of one request: what a message of that route can need. Whoever reaches the port may send one, so this times the number of
+connections is the memory that strangers can take."""
 CERTIFICATE_LIFE: Final = timedelta(days=3650)
 """Nobody judges the certificate's dates; the key dies with the process."""
 
@@ -96,9 +100,9 @@ Handler = Callable[[Request], Awaitable[Response]]
 def application(keeper: Keeper) -> Starlette:
     """Return the ASGI application that serves `keeper`."""
 
-    def post(path: str, act: Callable[[bytes], Awaitable[wire.Message]]) -> Route:
+    def post(path: str, act: Callable[[bytes], Awaitable[wire.Message]], most: int = SMALL) -> Route:
         async def endpoint(request: Request) -> Response:
-            return _reply(await act(await _body(request)))
+            return _reply(await act(await _body(request, most)))
 
         return _route(path, "POST", endpoint)
 
@@ -177,16 +181,16 @@ def application(keeper: Keeper) -> Starlette:
     return Starlette(
         routes=[  # searched in this order
             post("nonce", nonce),
-            post("release", release),
+            post("release", release, EVIDENCE),
             post("answer", answer),
-            post("renew", renew),
+            post("renew", renew, EVIDENCE),
             post("attest", attest),
             post("register", register),
-            post("contract", submit),
+            post("contract", submit, wire.MAX_REQUEST),
             post("signature", sign),
             post("revoke", revoke),
             post("key", deposit),
-            post("open", open_key),
+            post("open", open_key, wire.MAX_REQUEST),  # up to 64 signatures
             post("words", words),
             post("listen", listen),
             get("contracts", contracts),
@@ -215,7 +219,7 @@ def _route(path: str, method: str, act: Handler) -> Route:
     return Route(f"{wire.PREFIX}/{path}", endpoint, methods=[method])
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, most: int) -> bytes:
     """Return the body, refusing it as soon as it grows beyond the cap."""
     media = request.headers.get("content-type", "")
     if media != wire.MEDIA_TYPE:
@@ -227,8 +231,8 @@ async def _body(request: Request) -> bytes:
     parts = bytearray()
     async for part in request.stream():
         parts += part
-        if len(parts) > wire.MAX_REQUEST:
-            raise _too_large()
+        if len(parts) > most:
+            raise _too_large(most)
     return bytes(parts)
 
 
@@ -236,8 +240,8 @@ class _TooLargeError(PeerError):
     """Carries its own HTTP status."""
 
 
-def _too_large() -> _TooLargeError:
-    found, wanted = f"more than {wire.MAX_REQUEST} bytes", f"at most {wire.MAX_REQUEST} bytes"
+def _too_large(most: int) -> _TooLargeError:
+    found, wanted = f"more than {most} bytes", f"at most {most} bytes"
     return _TooLargeError("the request is too large", code="protocol", reasons=(Reason("http.body", found, wanted),))
 
 

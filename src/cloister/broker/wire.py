@@ -47,7 +47,10 @@ PREFIX: Final = "/v1"
 NONCE_BYTES: Final = 32
 VOLUME_ID_BYTES: Final = 16
 MAX_REQUEST: Final = 2 << 20
-"""Largest request body, 2 MiB: a contract is at most 1 MiB, evidence 512 KiB; everything else is far below."""
+"""Largest request body, 2 MiB: a contract and evidence are at most 1 MiB each; everything else is far below."""
+MAX_EVIDENCE: Final = 1 << 20
+"""Evidence in a message: a quote, logs of 300 kB and eight GPUs fit twice. The format itself has room for 8 MiB
+(`attestation.evidence.LIMITS`): that is for files, and strangers may send requests to a broker."""
 MAX_REPLY: Final = 16 << 20
 """Largest answer, 16 MiB: only log entries come near it."""
 
@@ -69,6 +72,7 @@ NAME: Final = r"[a-z][a-z0-9-]{0,39}"
 DIGEST: Final = r"sha256:[0-9a-f]{64}"
 FINGERPRINT: Final = r"SHA256:[A-Za-z0-9+/]{43}"
 LEASE: Final = r"l-[0-9a-f]{32}"
+ROOT: Final = r"[a-z][a-z0-9-]{0,31}:[0-9a-f]{64}"
 DENIAL: Final = r"d-[0-9a-f]{12}"
 
 
@@ -386,7 +390,7 @@ _DIGEST: Final = Text(71, DIGEST)
 _NAME: Final = Text(40, NAME)
 _HASH: Final = Blob(32, 32)
 _HPKE: Final = Blob(hpke.PUBLIC_BYTES, hpke.PUBLIC_BYTES)
-_EVIDENCE: Final = Blob(1, 512 << 10)
+_EVIDENCE: Final = Blob(1, MAX_EVIDENCE)
 _ARMOUR: Final = Text(32 << 10)
 _RECEIPT: Final = Blob(1, 256 << 10)
 _SEALED: Final = Blob(hpke.OVERHEAD_BYTES, 1 << 20)
@@ -426,14 +430,16 @@ class AttestReply(Message):
 class BrokerConfig(Message):
     """Data of the runtime event `cloister/config/1`: what this broker accepts, measured before it answers.
 
-    `log_key` is the verifier key of the log (C2SP signed-note). Vendor roots are pinned in the measured software;
-    `allow_soft` says whether the published test root counts besides them.
+    `log_key` is the verifier key of the log (C2SP signed-note). Vendor roots are pinned in the measured software; `roots` are
+    those that the operator adds, as `<kind of evidence>:<SHA-256 of the DER certificate>` in ascending order: whoever has the key of
+    one of them makes nodes as he likes, so clients judge them. `allow_soft` says whether the published test root counts besides them.
     """
 
     version: int
     origin: str
     log_key: str
     node_measurements: tuple[bytes, ...]
+    roots: tuple[str, ...]
     allow_soft: bool
     lease_s: int
     FIELDS: ClassVar = {
@@ -441,6 +447,7 @@ class BrokerConfig(Message):
         "origin": Text(200, r"[a-z0-9][a-z0-9./-]*"),
         "log_key": Text(400, r"[!-~]+"),
         "node_measurements": Many(Blob(16, 64), 256),
+        "roots": Many(Text(100, ROOT), 64),
         "allow_soft": Flag(),
         "lease_s": Uint(86_400),
     }

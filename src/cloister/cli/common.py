@@ -10,7 +10,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
@@ -30,6 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DEFAULT_HOME: Final = "~/.config/cloister"
+TEES: Final = ("tdx", "sgx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx")
 SOFT_NOTE: Final = (
     "software evidence under a published test root: it protects nothing and is for trying things out only"
 )
@@ -50,9 +51,13 @@ class You:
     broker_url: str
     soft: bool
     broker_software: frozenset[bytes] | None = None
-    """Accepted `mrtd` of brokers; None means this software's own."""
+    """Accepted launch measurements of brokers; None means this software's own."""
     node_software: frozenset[bytes] | None = None
-    """Accepted `mrtd` of nodes; None means the brokers' values."""
+    """Accepted launch measurements of nodes; None means the brokers' values."""
+    broker_tees: frozenset[str] = frozenset()
+    """TEE types of brokers besides `tdx`."""
+    roots: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Kind of evidence -> SHA-256 of roots that you believe besides the vendors'."""
 
     def signer(self) -> Signer:
         """Return a function that signs with your key: in process for a plain key file, else through ssh-keygen.
@@ -94,10 +99,11 @@ class You:
         from cloister.broker.client import Trust
 
         return Trust(
-            roots=Roots(soft=self.soft),
+            roots=Roots(soft=self.soft, also=self.roots),
             broker_measurements=self.broker_software,
             node_measurements=self.node_software,
             allow_soft=self.soft,
+            accept=frozenset({"tdx"}) | self.broker_tees,
         )
 
     def broker(self) -> BrokerClient:
@@ -188,6 +194,20 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
         metavar="HEX",
         help="Accepted software measurement of a node.  [default: the brokers' values]",
     )
+    @click.option(
+        "--trust-tee",
+        "trusted_tees",
+        multiple=True,
+        type=click.Choice(TEES),
+        help="Accept a broker in this TEE, besides tdx.",
+    )
+    @click.option(
+        "--trust-root",
+        "trusted_roots",
+        multiple=True,
+        type=Pair("KIND=FILE"),
+        help="Believe this root certificate, too, for one kind of evidence.",
+    )
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @functools.wraps(function)
     def wrapper(
@@ -198,6 +218,8 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
         soft: bool,
         trusted_brokers: tuple[str, ...],
         trusted_nodes: tuple[str, ...],
+        trusted_tees: tuple[str, ...],
+        trusted_roots: tuple[tuple[str, str], ...],
         as_json: bool,
         **rest: Any,
     ) -> R:
@@ -212,6 +234,8 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
             soft,
             measurements(trusted_brokers, "--trust-broker"),
             measurements(trusted_nodes, "--trust-node"),
+            frozenset(trusted_tees),
+            root_pins(trusted_roots),
         )
         return function(you, *args, **rest)  # type: ignore[arg-type]  # click passes by name
 
@@ -219,10 +243,10 @@ def options(function: Callable[P, R]) -> Callable[..., R]:
 
 
 def measurements(texts: Iterable[str], option: str) -> frozenset[bytes] | None:
-    """Return software measurements (48 bytes each) given as hex; None where none was given.
+    """Return launch measurements given as hex; None where none was given.
 
     Raises:
-        InputError: something else than 96 hex digits.
+        InputError: something else than 32, 48 or 64 bytes in hex: SHA-256, SHA-384 (this software, TDX, SNP, Nitro) or SHA-512.
     """
     found = set()
     for text in texts:
@@ -230,12 +254,23 @@ def measurements(texts: Iterable[str], option: str) -> frozenset[bytes] | None:
             value = bytes.fromhex(text)
         except ValueError:
             value = b""
-        if len(value) != 48:
+        if len(value) not in (32, 48, 64):
             raise InputError(
-                f"{option} wants 96 hex digits, found '{text}'", hint="`cloister measure --software` prints them"
+                f"{option} wants 96 hex digits (64 for SGX), found '{text}'",
+                hint="`cloister measure --software` prints them",
             )
         found.add(value)
     return frozenset(found) or None
+
+
+def root_pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
+    """Return the pins of `KIND=FILE` options; see `broker.client.root_pins`."""
+    given = tuple(pairs)
+    if not given:  # `--help` and most commands load nothing for this
+        return {}
+    from cloister.broker.client import root_pins as pins
+
+    return pins(given)
 
 
 class Pair(click.ParamType[tuple[str, str]]):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cloister.cli.common import SOFT_NOTE, You, measurements, options, write_file
+from cloister.cli.common import SOFT_NOTE, Pair, You, measurements, options, root_pins, write_file
 
 
 @click.command("up", short_help="Start a broker: the attested key service of your contracts.")
@@ -18,10 +18,17 @@ from cloister.cli.common import SOFT_NOTE, You, measurements, options, write_fil
     "--lease", "lease_s", default=600, show_default=True, help="Seconds that a node may work without attesting again."
 )
 @click.option(
-    "--node", "nodes", multiple=True, help="Accepted node measurement, 96 hex digits.  [default: this software's own]"
+    "--node", "nodes", multiple=True, help="Accepted launch measurement of nodes, hex.  [default: this software's own]"
 )
 @click.option(
     "--collateral", type=click.Path(path_type=Path), multiple=True, help="Vendor collateral (JSON) for real hardware."
+)
+@click.option(
+    "--root",
+    "own_roots",
+    type=Pair("KIND=FILE"),
+    multiple=True,
+    help="Root certificate to believe, too, for one kind of evidence. Clients must believe it as well.",
 )
 @click.option("--ready-file", type=click.Path(path_type=Path), help="Write the address here when the broker answers.")
 @options
@@ -34,6 +41,7 @@ def command(
     lease_s: int,
     nodes: tuple[str, ...],
     collateral: tuple[Path, ...],
+    own_roots: tuple[tuple[str, str], ...],
     ready_file: Path | None,
 ) -> None:
     """Start a broker on this machine and keep it running until stopped.
@@ -72,6 +80,7 @@ def command(
             allow_soft=you.soft,
             lease_s=lease_s,
             collateral=collateral,
+            roots=root_pins(own_roots),
         ),
         say=you.ui.say,
         ready=ready,

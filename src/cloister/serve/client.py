@@ -206,9 +206,8 @@ class ServiceClient:
         request = Hello(secrets.token_bytes(NONCE_BYTES))
         reply = HelloReply.decode(self._post("service", request.encode()))
         now = self._clock()
-        claims = verify(  # 1
-            evidence_format.decode(reply.evidence), self._trust.collateral(now), self._trust.roots, now=now
-        )
+        evidence = evidence_format.decode(reply.evidence)
+        claims = verify(evidence, self._trust.collateral(now), self._trust.roots, now=now)  # 1
         binding = Binding(
             "service",
             request.nonce,
@@ -217,7 +216,7 @@ class ServiceClient:
             phase="serve",
             request=request.hashed(),
         )
-        reasons = check_binding(claims, binding)
+        reasons = check_binding(claims, binding.over(evidence.devices))
         if reasons:
             raise EvidenceError(
                 "the service's evidence is not about this contract, key and moment; nothing was sent to it",
@@ -239,7 +238,7 @@ class ServiceClient:
             ),
             # Step 3 proves that the broker saw the signatures: it releases nothing without them.
             State(signed=self._contract.signers),
-            reference_values={"mrtd": self._trust.nodes()},
+            reference_values={claims.launch or "launch": self._trust.nodes() if claims.launch else frozenset()},
         )
         reasons = (*confinement(workload, claims), *decision.reasons)
         if reasons:

@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 from cloister.attestation import evidence as evidence_format
 from cloister.attestation.binding import Binding
-from cloister.attestation.edge.attester import Attester
+from cloister.attestation.edge.attester import Attester, attest
 from cloister.broker import session
 from cloister.broker.client import BrokerClient, Release
 from cloister.broker.wire import MEDIA_TYPE, STATUS, Authorisation, ErrorReply
@@ -122,7 +122,7 @@ class Service:
             phase=self.release.phase,
             request=request.hashed(),
         )
-        evidence = self.attester.evidence(binding.report_data())
+        evidence = attest(self.attester, binding)
         return HelloReply(
             evidence=evidence_format.encode(evidence),
             endorsements=b"",

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cloister.broker.wire import (
     DIGEST,
+    MAX_EVIDENCE,
     NONCE_BYTES,
     Authorisation,
     Blob,
@@ -73,7 +74,7 @@ class HelloReply(Message):
     contract: str
     receipt: bytes
     FIELDS: ClassVar = {
-        "evidence": Blob(1, 512 << 10),
+        "evidence": Blob(1, MAX_EVIDENCE),
         "endorsements": Blob(0, 1 << 20),
         "key": _HPKE,
         "contract": Text(71, DIGEST),

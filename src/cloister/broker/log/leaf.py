@@ -43,6 +43,10 @@ _DIGEST_OR_NONE: Final = _matches(r"(sha256:[0-9a-f]{64})?")
 _WORD: Final = _matches(r"[A-Za-z0-9][A-Za-z0-9+/=:._-]{0,126}")
 _WORD_OR_NONE: Final = _matches(r"([A-Za-z0-9][A-Za-z0-9+/=:._-]{0,126})?")
 _HEX_OR_NONE: Final = _matches(r"([0-9a-f]{2}){0,64}")
+_LAUNCH_OR_NONE: Final = _matches(r"([a-z][a-z0-9_.-]{0,39}=([0-9a-f]{2}){1,64})?")
+_IDENTITY: Final = _matches(r"[a-z][a-z0-9_]{0,31}:[!-~]{1,160}")
+MAX_IDENTITIES: Final = 64
+"""Ids of one machine: 16 devices with three each, and its own."""
 _COUNTER: Final = _matches(r"0|[1-9][0-9]{0,17}")
 _LINE: Final[_Check] = lambda value: isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()  # noqa: E731
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
@@ -72,8 +76,8 @@ class _Codec:
     from_json: Callable[[Any], Any] = lambda value: value
 
 
-def _list_of(check: _Check) -> _Check:
-    return lambda value: isinstance(value, list) and len(value) <= 256 and all(check(item) for item in value)
+def _list_of(check: _Check, most: int = 256) -> _Check:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(check(item) for item in value)
 
 
 def _is_small_int(value: object) -> bool:
@@ -101,8 +105,8 @@ def _is_time(value: object) -> bool:
     return isinstance(value, str) and _TIME.fullmatch(value) is not None
 
 
-def _coded(codec: _Codec) -> Any:
-    return dataclasses.field(metadata={"codec": codec})
+def _coded(codec: _Codec, default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(metadata={"codec": codec}, default=default)
 
 
 def _digest() -> Any:
@@ -147,6 +151,21 @@ def _moment() -> Any:
 
 def _words() -> Any:
     return _coded(_Codec(_list_of(_WORD), "a list of names", list, tuple))
+
+
+def _launch() -> Any:
+    return _coded(_Codec(_LAUNCH_OR_NONE, "a measurement and its value in hex, or nothing"), "")
+
+
+def _machine() -> Any:
+    codec = _Codec(_list_of(_IDENTITY, MAX_IDENTITIES), f"at most {MAX_IDENTITIES} of name:value", list, tuple)
+    return _coded(codec, ())
+
+
+def identities(names: Iterable[str]) -> tuple[str, ...]:
+    """Return ids of a machine as an entry can hold them: hardware says them, and a vendor may write what he likes."""
+    clean = ("".join(c if "!" <= c <= "~" else "?" for c in name)[:190] for name in names)
+    return tuple(name for name in clean if _IDENTITY(name))[:MAX_IDENTITIES]
 
 
 def _assets() -> Any:
@@ -309,7 +328,11 @@ class KeyDeposited(Leaf):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release(Leaf):
-    """Keys went to a node: which volumes it reads, which assets it may write, for which code, on which evidence."""
+    """Keys went to a node: which volumes it reads, which assets it may write, for which code, on which evidence.
+
+    `launch` is the launch measurement, `machine` the ids of the machine and its devices: a key that goes to another machine
+    than before shows here.
+    """
 
     KIND: ClassVar[str] = "release"
     lease: str = _word()
@@ -322,6 +345,8 @@ class Release(Leaf):
     level: str = _word_or_none()
     evidence: str = _digest()
     tee: str = _word_or_none()
+    launch: str = _launch()
+    machine: tuple[str, ...] = _machine()
     hpke_key: str = _digest()
     request: str = _digest_or_none()
     expires: datetime = _moment()  # noqa: RUF009  (a field specifier)
@@ -343,6 +368,8 @@ class Denial(Leaf):
     code: str = _digest_or_none()
     evidence: str = _digest_or_none()
     tee: str = _word_or_none()
+    launch: str = _launch()
+    machine: tuple[str, ...] = _machine()
     hpke_key: str = _digest_or_none()
     reasons: tuple[Reason, ...] = _reasons()
 
@@ -355,6 +382,8 @@ class LeaseRenewed(Leaf):
     lease: str = _word()
     evidence: str = _digest()
     tee: str = _word_or_none()
+    launch: str = _launch()
+    machine: tuple[str, ...] = _machine()
     expires: datetime = _moment()  # noqa: RUF009  (a field specifier)
 
 

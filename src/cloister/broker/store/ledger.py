@@ -697,6 +697,8 @@ class Ledger:
         code: str = "",
         evidence: str = "",
         tee: str = "",
+        launch: str = "",
+        machine: Sequence[str] = (),
         hpke_key: str = "",
     ) -> Pending[Appended]:
         """Log a refusal under the id `denial`. Reasons that do not fit an entry are cut (`leaf.clip`).
@@ -716,20 +718,38 @@ class Ledger:
             code=code,
             evidence=evidence,
             tee=tee,
+            launch=launch,
+            machine=tuple(machine),
             hpke_key=hpke_key,
             reasons=leaves.clip(error.reasons),
         )
         return self._submit(lambda _: _Entry(leaf))
 
     def renew_lease(
-        self, lease: str, *, evidence: str, tee: str, expires: datetime, now: datetime
+        self,
+        lease: str,
+        *,
+        evidence: str,
+        tee: str,
+        expires: datetime,
+        now: datetime,
+        launch: str = "",
+        machine: Sequence[str] = (),
     ) -> Pending[Appended]:
         """Extend a lease whose node attested again.
 
         Raises (from the Pending):
             DeniedError: (lease-lost) it is unknown, was lost, is expired, or its contract is not active.
         """
-        leaf = leaves.LeaseRenewed(time=now, lease=lease, evidence=evidence, tee=tee, expires=expires)
+        leaf = leaves.LeaseRenewed(
+            time=now,
+            lease=lease,
+            evidence=evidence,
+            tee=tee,
+            launch=launch,
+            machine=tuple(machine),
+            expires=expires,
+        )
 
         def decide(fold: Fold) -> _Entry:
             _wanted_lease(fold, lease, now)
