@@ -246,10 +246,16 @@ class SwTpm:
         self.start()
 
     def transport(self) -> tpmclient.Transport:
-        """A connection; swtpm ends with its only client unless it is told otherwise, so it is started again."""
+        """A connection; a swtpm that ended is started again."""
         if self._process is None or self._process.poll() is not None:
             self.start()
-        return tpmclient.SocketTransport(self.socket, timeout=20)
+        until = time.monotonic() + 20
+        while True:
+            try:
+                return tpmclient.SocketTransport(self.socket, timeout=20)
+            except ConnectionRefusedError:  # the socket has its name before it listens
+                assert time.monotonic() < until, "swtpm does not listen"
+                time.sleep(0.002)
 
 
 class Proxy:
