@@ -45,7 +45,7 @@ class Attester(Protocol):
 
     @property
     def name(self) -> str:
-        """`tdx`, or `soft-tdx`."""
+        """A name of `HARDWARE` or `SOFT_KINDS`."""
         ...
 
     @property
@@ -59,19 +59,21 @@ class Attester(Protocol):
         ...
 
     def extend(self, name: str, data: bytes) -> None:
-        """Record an event and extend runtime register 3 with SHA-384(`data`). It cannot be taken back.
+        """Record an event, and extend the runtime register of the hardware that has one. It cannot be taken back.
+
+        Every event is to be recorded before the first evidence: Nitro's register can be attested only once it is locked.
 
         Raises:
-            MachineError: the register cannot be extended.
+            MachineError: the register cannot be extended, is locked, or is not what the log so far says.
         """
         ...
 
     def evidence(self, report_data: bytes) -> Evidence:
-        """Return fresh evidence over `report_data` (64 bytes) with the event log so far.
+        """Return fresh evidence of the CPU alone over `report_data`, with the event log so far; see `attest` for the machine.
 
         Raises:
-            ValueError: `report_data` is not 64 bytes.
-            MachineError: the hardware does not answer.
+            ValueError: `report_data` has not `report_data_bytes` bytes.
+            MachineError: the hardware does not answer, or answers something else than was asked for.
         """
         ...
 
