@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -523,6 +525,19 @@ def test_json_of_another_shape_is_malformed(data: bytes) -> None:
     assert observed.error is not None
     assert observed.error.code == "evidence-malformed"
     assert observed.steps[0].state == "failed"
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attestation" / "azure.md").read_text()
+    steps = re.findall(r"^\| `<kind>\.(\d-\w+)` \|", page, re.MULTILINE)
+    for module in (azure_snp, azure_tdx):
+        assert [f"{module.KIND}.{step}" for step in steps] == list(module.STEPS)
+        assert all(f"`{part}`" in page for part in module.PARTS)
+    for kind in MAKERS:
+        found = claims(good(kind))
+        for name in ("reset_count", "restart_count", "secure_boot", "console_enabled", "vtpm_ak", "vm_unique_id"):
+            assert f"`{name}`" in page
+            assert name in {**found.svns, **found.attributes, **found.platform}
 
 
 # --- real evidence ----------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -759,3 +761,19 @@ def test_files_under_the_soft_root() -> None:
     assert files_snp.observe(replace(one, files={"x": chains["Milan/vcek/soft"]}, roots=Roots())).facts == {
         "authentic": False
     }
+
+
+# --- docs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attestation" / "sev-snp.md").read_text()
+    assert re.findall(r"^\| `(sev-snp\.\d-\w+)` \|", page, re.MULTILINE) == list(snp_verify.STEPS)
+    for pin in snp_roots.PINS.vendor:
+        assert pin in page
+    claims_table = page.split("\n## Claims", 1)[1].split("\n## ", 1)[0]
+    found = claims(good(soft_snp.machine(line="Turin"), version=5))
+    for names in (found.measurements, found.svns, found.attributes):
+        assert all(f"`{name}`" in claims_table for name in names)
+    for name, (offset, size) in snp_format.FIELDS.items():
+        assert re.search(rf"`0x{offset:03X}`.*\| {size} \|.*`{name}`", page)
