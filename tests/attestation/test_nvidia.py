@@ -30,6 +30,7 @@ from cloister.attestation.files import Case, Observation
 from cloister.attestation.files import nvidia as files
 from cloister.attestation.nvidia import device as nvidia_device
 from cloister.attestation.nvidia import format as nvidia_format
+from cloister.attestation.nvidia.examine import wanted
 from cloister.attestation.nvidia.format import Field
 from cloister.attestation.nvidia.roots import DEVICE_IDENTITY_CA, PINS
 from cloister.attestation.nvidia.verify import KIND, STEPS, verify
@@ -144,6 +145,17 @@ def test_stapled_answers_are_enough_for_the_device_but_manifests_come_from_the_r
     without = soft.endorsements(ISSUED, missing=serials)
     refused("3-revocation", endorsements=without)
     assert judge(endorsements=without, ocsp=soft.staples(GPU, ISSUED)) == judge()
+
+
+def test_manifests_filed_by_what_stands_in_them_are_found() -> None:
+    """Whoever has only a file knows product and version, not the board's id; the report decides all the same."""
+    driver, vbios = soft.rim_ids()
+    names = {driver: f"rim/GH100/{soft.DRIVER}", vbios: f"rim/GH100/{soft.VBIOS}"}
+    filed = Endorsements(tuple(replace(item, subject=names.get(item.subject, item.subject)) for item in ENDORSED.items))
+    assert judge(endorsements=filed) == judge()
+    wrong = Endorsements((Endorsement(KIND, f"rim/GH100/{soft.DRIVER}", soft.driver_rim("999.09.99")),))
+    error = refusal(judge, endorsements=filed | wrong)
+    assert faults(error)[0] == "nvidia-gpu.7-rim.version"
 
 
 def test_who_calls_it_wrong_is_told_so() -> None:
@@ -594,6 +606,10 @@ def test_a_report_with_one_fault_is_malformed(data: bytes) -> None:
         {Field.DRIVER_VERSION: b""},
         {Field.DRIVER_VERSION: b"999 1\x00"},
         {Field.DRIVER_VERSION: b"\xff\xfe"},
+        {Field.DRIVER_VERSION: b"../../ids"},
+        {Field.DRIVER_VERSION: b"..\x00"},
+        {Field.PROJECT: b"a?b#c"},
+        {Field.PROJECT_SKU: b"9" * 33},
         {Field.VBIOS_VERSION: b""},
         {Field.VBIOS_VERSION: b"1.2.3"},
         {Field.PROJECT: b"\x00"},
@@ -607,6 +623,14 @@ def test_a_signed_field_of_another_form_is_malformed(change: dict[int, bytes]) -
     report = nvidia_format.parse(REPORT)
     error = refusal(judge, _resigned(_opaque(report, {**report.fields, **change})))
     assert (error.code, faults(error)) == ("evidence-malformed", ["nvidia-gpu.1-format"])
+
+
+def test_who_collects_endorsements_learns_what_is_wanted() -> None:
+    names, chain = wanted(soft.evidence(GPU, NONCE))
+    assert names == soft.rim_ids()
+    assert [each.serial for each in chain] == [each.certificate.serial_number for each in GPU.issuers]
+    switch = soft.gpu(arch="LS10")
+    assert wanted(soft.evidence(switch, NONCE))[0] == soft.rim_ids("LS10")[1:]
 
 
 def test_an_opaque_field_twice_is_malformed() -> None:
@@ -802,6 +826,9 @@ def test_a_second_implementation_agrees_on_real_signatures(name: str) -> None:
 @real
 def test_hex_text_and_collateral_beside_the_case_are_taken() -> None:
     case = _case(_entry("h100-full"))
+    assert "nvidia-gpu.6-nonce" in {
+        step.name for step in files.observe(replace(case, nonce=None)).steps if step.state == "not done"
+    }
     roles = {"report": case.files["report"].hex().encode(), "chain": case.files["chain"]}
     others = {role: data for role, data in case.files.items() if role not in roles}
     found = files.observe(replace(case, files=roles, collateral=others | {"notes.txt": b"not collateral"}))
@@ -840,3 +867,23 @@ def test_odd_files_give_observations() -> None:
         assert found.facts["authentic"] is False
         assert found.error is not None
         assert any(step.state == "failed" for step in found.steps)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    from pathlib import Path
+
+    from cloister.attestation.nvidia.roots import RIM_ROOT_CA
+    from cloister.attestation.pki import ocsp as pki_ocsp
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attestation" / "nvidia.md").read_text()
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `nvidia-gpu.")]
+    assert rows == list(STEPS)
+    assert DEVICE_IDENTITY_CA in page
+    assert RIM_ROOT_CA in page
+    assert f"at most {pki_ocsp.MOST}" in page
+    claims = judge()
+    for name in (*claims.platform, *claims.svns, *claims.attributes):
+        assert f"`{name}`" in page

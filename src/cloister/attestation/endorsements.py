@@ -27,7 +27,8 @@ class Endorsement:
     | `sev-snp` | `<Product>/crl` | DER revocation list of the ARK; further subjects that begin so count too |
     | `sev-snp` | `vcek/<HWID hex>/<reported TCB hex>`, `vlek/<csp id>` | DER leaf certificate |
     | `nvidia-gpu` | RIM id (`NV_GPU_DRIVER_GH100_550.90.07`) | the vendor's signed RIM, XML |
-    | `nvidia-gpu` | `ocsp/<serial of the certificate, hex>` | DER OCSP response |
+    | `nvidia-gpu` | `rim/<product>/<version>` | the same, where its id is not known |
+    | `nvidia-gpu` | `ocsp/<serial of the certificate, lower-case hex>` | DER OCSP response |
     | `tpm` | `ak/<name of the AK, hex>` | what the relying party noted when it enrolled the AK: `tpm/enrol.py` |
     | `tpm` | `ca/<SHA-256 of the certificate, hex>` | DER intermediate certificate of an EK or AK chain |
     | `nitro` | `crl/<any>` | DER revocation list of an authority of the chain; AWS has none |

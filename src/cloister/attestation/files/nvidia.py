@@ -43,6 +43,7 @@ from cloister.errors import EvidenceError, Reason
 KIND: Final = "nvidia"
 
 RIM_STEPS: Final = MappingProxyType({name: STEPS[name] for name in (RIM, SIGNERS)})
+NONCE: Final = "nvidia-gpu.6-nonce"
 _HEX: Final = re.compile(rb"\s*(?:[0-9A-Fa-f]{2}\s*)+")
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/=\s]+")
 
@@ -66,8 +67,9 @@ def _report(case: Case) -> Observation:
         return Observation({"authentic": False}, trace(STEPS, error), error=error)
     try:
         complete = not not_done
-        nonce = case.nonce or None
-        outcome = examine(evidence, found, case.roots, now=case.now, complete=complete, nonce=nonce)
+        if not case.nonce:
+            not_done |= {NONCE}
+        outcome = examine(evidence, found, case.roots, now=case.now, complete=complete, nonce=case.nonce or None)
     except EvidenceError as error:
         return Observation({"authentic": False}, trace(STEPS, error, not_done=not_done), error=error, fields=fields)
     facts: dict[str, object] = {"authentic": True, "signature": True, "debug": outcome.claims.debug}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -124,14 +125,9 @@ def examine(
     if now.tzinfo is None:
         raise ValueError("`now` has no time zone")
     # (1)
-    report = nvidia_format.parse(evidence.quote)
-    _parts(evidence)
-    chain = from_pem(evidence.parts["chain"], where=CHAIN)
-    if len(chain) < 3:
-        raise _malformed(f"{len(chain)} certificates", "attestation key, device key, authorities and root")
+    report, device, chain = _read(evidence)
     stapled = ocsp.from_concatenated(evidence.parts.get("ocsp", b""), where=REVOCATION)
-    device = nvidia_device.read(chain[0], where=CHAIN)
-    driver, vbios = driver_rim(report, device), vbios_rim(report, device)
+    _named(report, device)  # a report that names no manifests is malformed, whoever signed it
     reasons: list[Reason] = []
     ends: list[datetime] = []
     tee = SWITCH if device.is_switch else GPU
@@ -179,10 +175,8 @@ def examine(
     # (7) (8) (9)
     rims: list[Rim] = []
     golden: dict[int, frozenset[bytes]] = {}
-    for name, version in ((driver, report.text(Field.DRIVER_VERSION)), (vbios, report.vbios())):
-        if not name:
-            continue
-        data = endorsements.get(KIND, name)
+    for name, version in _named(report, device):
+        data = _find(endorsements, name, version, report, device)
         if data is None:
             if not complete:
                 continue
@@ -237,27 +231,65 @@ def examine(
     )
 
 
+def wanted(evidence: Evidence) -> tuple[tuple[str, ...], tuple[Certificate, ...]]:
+    """Return the ids of the manifests that `evidence` needs, and its chain, whose middle needs OCSP answers.
+
+    For whoever collects endorsements. Nothing is authentic yet; ids are made of letters, digits, `.`, `_` and `-`.
+
+    Raises:
+        EvidenceError: `evidence-malformed`.
+    """
+    report, device, chain = _read(evidence)
+    return tuple(name for name, _ in _named(report, device)), chain
+
+
 def missing(evidence: Evidence, endorsements: Endorsements) -> frozenset[str]:
     """Return the steps that `examine` leaves out without `complete`, because nothing is there for them.
 
     Raises:
         EvidenceError: `evidence-malformed`.
     """
-    report = nvidia_format.parse(evidence.quote)
-    _parts(evidence)
-    chain = from_pem(evidence.parts["chain"], where=CHAIN)
-    device = nvidia_device.read(chain[0], where=CHAIN)
-    stapled = bool(evidence.parts.get("ocsp"))
+    report, device, chain = _read(evidence)
     found: set[str] = set()
-    if not stapled and not _responses(chain[1:-1], endorsements):
+    if not evidence.parts.get("ocsp") and not _responses(chain[1:-1], endorsements):
         found.add(REVOCATION)
-    for name in (driver_rim(report, device), vbios_rim(report, device)):
-        data = endorsements.get(KIND, name) if name else None
-        if name and data is None:
+    for name, version in _named(report, device):
+        data = _find(endorsements, name, version, report, device)
+        if data is None:
             found |= {RIM, SIGNERS, MEASUREMENTS}
-        elif data is not None and not _responses(nvidia_rim.read(data, where=RIM).chain[:-1], endorsements):
+        elif not _responses(nvidia_rim.read(data, where=RIM).chain[:-1], endorsements):
             found.add(SIGNERS)
     return frozenset(found)
+
+
+def _read(evidence: Evidence) -> tuple[Report, Device, tuple[Certificate, ...]]:
+    report = nvidia_format.parse(evidence.quote)
+    _parts(evidence)
+    chain = _chain(evidence.parts["chain"])
+    if len(chain) < 3:
+        raise _malformed(f"{len(chain)} certificates", "attestation key, device key, authorities and root")
+    return report, nvidia_device.read(chain[0], where=CHAIN), chain
+
+
+def _named(report: Report, device: Device) -> tuple[tuple[str, str], ...]:
+    """Return (id, version) of every manifest that judges `report`."""
+    found = (
+        (driver_rim(report, device), report.text(Field.DRIVER_VERSION)),
+        (vbios_rim(report, device), report.vbios()),
+    )
+    return tuple((name, version) for name, version in found if name)
+
+
+def _find(endorsements: Endorsements, name: str, version: str, report: Report, device: Device) -> bytes | None:
+    """Return a manifest by its id, or by what stands in it: a file beside evidence does not say its id."""
+    data = endorsements.get(KIND, name)
+    return data if data is not None else endorsements.get(KIND, f"rim/{_chip(report, device)}/{version}")
+
+
+@lru_cache(maxsize=64)
+def _chain(pem: bytes) -> tuple[Certificate, ...]:
+    # a fact about bytes: a device shows the same chain until its firmware changes
+    return from_pem(pem, where=CHAIN)
 
 
 def _parts(evidence: Evidence) -> None:

@@ -49,6 +49,9 @@ DISABLED: Final = 0x55
 """How one-byte status fields say yes and no."""
 
 
+_NAME: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+
+
 class Field(IntEnum):
     """Types of opaque fields that are read here; the others are kept as bytes."""
 
@@ -85,11 +88,14 @@ class Report:
         """Return an ASCII field without the zero bytes at its end; empty where it is absent.
 
         Raises:
-            EvidenceError: `evidence-malformed`: it is not printable ASCII.
+            EvidenceError: `evidence-malformed`: it is longer than 32 or has other characters than letters, digits, `.`, `_` and `-`.
         """
         value = self.fields.get(field, b"").rstrip(b"\x00")
-        if not all(0x21 <= byte <= 0x7E for byte in value):
-            raise _malformed(_FormError(f"field {field.name} with bytes {value[:16].hex()}", "printable ASCII"))
+        # ids of manifests are made of these, before anything is authentic, and whoever fetches one makes a path of the id
+        if len(value) > 32 or not set(value) <= _NAME or value.startswith(b"."):
+            raise _malformed(
+                _FormError(f"field {field.name} with bytes {value[:16].hex()}", "letters, digits, full stops, _ and -")
+            )
         return value.decode("ascii")
 
     def byte(self, field: Field) -> int | None:

@@ -19,7 +19,7 @@ Evidence: `quote` is the report; part `chain` the certificates as PEM, attestati
 responses, one after another. No events: a device has no log. NVSwitches (LS10) write the same format and are the same kind of
 evidence; their `tee` is `nvidia-switch`, so none of them counts as a GPU.
 
-Endorsements (`nvidia-gpu`): manifests by their id, OCSP responses by `ocsp/<serial, lower-case hex>`, of the device's certificates
+Endorsements (`nvidia-gpu`): manifests by their id, or as `rim/<product>/<version>`; OCSP responses by `ocsp/<serial, lower-case hex>`, of the device's certificates
 and of the manifests' signers. Without both the verifier refuses. OCSP answers may be stapled as well, because they are signed and
 live for a day; what the relying party has counts first, and whichever of the two says revoked counts always.
 
