@@ -56,6 +56,8 @@ PURE: Final = (
     "confine/shim.py",
     "confine/syscalls.py",
     "broker/decide.py",
+    "broker/kbs/session.py",
+    "broker/kbs/wire.py",
     "broker/life.py",
     "broker/relay.py",
     "broker/session.py",

@@ -1,6 +1,6 @@
 """Interoperable RA-TLS: evidence inside an X.509 certificate, bound to the certificate's own key. Pure.
 
-Sources: CCC Attestation SIG, "Interoperable RA-TLS" (`docs/spec.md` of interoperable-ra-tls: extension, claims, key binding);
+Sources: CCC Attestation SIG, "Interoperable RA-TLS" (the specification page of interoperable-ra-tls: extension, claims, key binding);
 TCG DICE Attestation Architecture 1.1 (OID 2.23.133.5.4.9); IANA "Named Information Hash Algorithm Registry" (hash numbers);
 Gramine's `tools/sgx/ra-tls` (what is on the wire since Gramine 1.8, and the form before it). The byte table is in
 docs/attestation/ra-tls.md.

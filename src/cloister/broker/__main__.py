@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--origin", default=Config().origin, help="name of the log")
     parser.add_argument("--lease", type=int, default=Config().lease_s, metavar="SECONDS")
     parser.add_argument("--collateral", type=Path, action="append", default=[], help="file with vendor collateral")
+    parser.add_argument("--kbs", action="store_true", help="also serve clients of Trustee's KBS protocol (docs/kbs.md)")
     parser.add_argument(
         "--root", action="append", default=[], metavar="KIND=FILE", help="further root certificate to believe"
     )
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         lease_s=given.lease,
         collateral=tuple(given.collateral),
         roots=roots,
+        kbs=given.kbs,
     )
     try:
         serve(given.state, given.host, given.port, config)

@@ -291,7 +291,7 @@ def _judge_claims(
     asked: tuple[Reason, ...],
 ) -> Grant | Refusal:
     unacceptable = list(bound)
-    unacceptable += appraise(claims, _software(claims, trusted))  # 4
+    unacceptable += appraise(claims, software_policy(claims, trusted))  # 4
     until = valid_until(claims)
     expires = now + lease if until is None else min(now + lease, until)
     if expires <= now:  # `verify` refuses what is over; this holds whatever a verifier forgets
@@ -343,7 +343,8 @@ def nonce_reasons(issued: datetime | None, now: datetime) -> tuple[Reason, ...]:
     return ()
 
 
-def _software(claims: Claims, trusted: Trusted) -> Policy:
+def software_policy(claims: Claims, trusted: Trusted) -> Policy:
+    """Return step 4 as a policy: which software may be a node at all."""
     # only the launch measurement is meant here; the contract's place judges the platform and its software (step 7)
     statuses = {claims.tcb_status, *(device.tcb_status for device in claims.devices)}
     return Policy(

@@ -476,6 +476,9 @@ class Keeper:
         """
         now = self._clock()
         known = self._known(ask.contract)
+        if known is not None and known.state is Life.WAITING:
+            await self._settle(known.contract)  # a board's wait may be over
+            known = self._known(ask.contract)
         verdict = decide.release_to(
             ask,
             claims,

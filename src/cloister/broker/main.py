@@ -44,6 +44,7 @@ from cloister.attestation.roots import Roots
 from cloister.attestation.verify import verify
 from cloister.broker import service, wire
 from cloister.broker.decide import Trusted
+from cloister.broker.kbs.service import Kbs
 from cloister.broker.keeper import Keeper
 from cloister.broker.store.ledger import Ledger
 from cloister.crypto import hpke
@@ -64,7 +65,8 @@ class Config:
     """What an operator decides; all of it that matters is measured (`wire.BrokerConfig`).
 
     `node_measurements` are accepted launch measurements of nodes (`mrtd`, `mrenclave`, `measurement`, `pcr0`, ...); None means nodes that run this same package (which only a
-    soft TEE can show). `allow_soft` admits soft TEEs as nodes. `collateral` are files with vendor collateral.
+    soft TEE can show). `allow_soft` admits soft TEEs as nodes. `collateral` are files with vendor collateral. `kbs` opens
+    the door for clients of Trustee's KBS protocol (docs/kbs.md).
     """
 
     origin: str = "cloister.local/broker"
@@ -76,6 +78,7 @@ class Config:
     roots: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
     """Kind of evidence -> SHA-256 (hex) of further root certificates to believe. Clients refuse a broker that believes one that
     they do not."""
+    kbs: bool = False
 
 
 def serve(
@@ -118,6 +121,7 @@ def serve(
             roots=tuple(sorted(f"{kind}:{pin}" for kind, pins in config.roots.items() for pin in pins)),
             allow_soft=config.allow_soft,
             lease_s=config.lease_s,
+            kbs=config.kbs,
         )
         tee.extend(CONFIG, measured.encode())
         files = _collateral(config.collateral)
@@ -159,7 +163,8 @@ def serve(
             say(f"ready: {url} ({tee.name}, log {ledger.origin}, {ledger.size} entries)")
             ready(url, server)
 
-        server = service.make_server(service.application(keeper), identity, started)
+        doors = Kbs(keeper, trusted=trusted, clock=clock).routes() if config.kbs else ()
+        server = service.make_server(service.application(keeper, doors), identity, started)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.serve(sockets=[listener]))
         with contextlib.suppress(FileNotFoundError):

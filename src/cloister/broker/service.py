@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -97,8 +97,8 @@ def in_memory(data: bytes) -> Iterator[str]:
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def application(keeper: Keeper) -> Starlette:
-    """Return the ASGI application that serves `keeper`."""
+def application(keeper: Keeper, more: Sequence[Route] = ()) -> Starlette:
+    """Return the ASGI application that serves `keeper`; `more` are routes of other doors (kbs/)."""
 
     def post(path: str, act: Callable[[bytes], Awaitable[wire.Message]], most: int = SMALL) -> Route:
         async def endpoint(request: Request) -> Response:
@@ -202,6 +202,7 @@ def application(keeper: Keeper) -> Starlette:
             get("log/entries", entries),
             get("log/inclusion", inclusion),
             get("log/consistency", consistency),
+            *more,
         ],
         exception_handlers={HTTPException: _refuse_path, 500: _refuse_bug},
     )

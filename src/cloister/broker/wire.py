@@ -432,7 +432,8 @@ class BrokerConfig(Message):
 
     `log_key` is the verifier key of the log (C2SP signed-note). Vendor roots are pinned in the measured software; `roots` are
     those that the operator adds, as `<kind of evidence>:<SHA-256 of the DER certificate>` in ascending order: whoever has the key of
-    one of them makes nodes as he likes, so clients judge them. `allow_soft` says whether the published test root counts besides them.
+    one of them makes nodes as he likes, so clients judge them. `allow_soft` says whether the published test root counts besides
+    them, `kbs` whether clients of Trustee's protocol get keys too: what they prove is less (docs/kbs.md).
     """
 
     version: int
@@ -442,6 +443,7 @@ class BrokerConfig(Message):
     roots: tuple[str, ...]
     allow_soft: bool
     lease_s: int
+    kbs: bool
     FIELDS: ClassVar = {
         "version": Uint(1),
         "origin": Text(200, r"[a-z0-9][a-z0-9./-]*"),
@@ -450,6 +452,7 @@ class BrokerConfig(Message):
         "roots": Many(Text(100, ROOT), 64),
         "allow_soft": Flag(),
         "lease_s": Uint(86_400),
+        "kbs": Flag(),
     }
 
 

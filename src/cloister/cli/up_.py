@@ -30,6 +30,7 @@ from cloister.cli.common import SOFT_NOTE, Pair, You, measurements, options, roo
     multiple=True,
     help="Root certificate to believe, too, for one kind of evidence. Clients must believe it as well.",
 )
+@click.option("--kbs", is_flag=True, help="Also serve clients of Trustee's KBS protocol 0.4.0 (docs/kbs.md).")
 @click.option("--ready-file", type=click.Path(path_type=Path), help="Write the address here when the broker answers.")
 @options
 def command(
@@ -42,6 +43,7 @@ def command(
     nodes: tuple[str, ...],
     collateral: tuple[Path, ...],
     own_roots: tuple[tuple[str, str], ...],
+    kbs: bool,
     ready_file: Path | None,
 ) -> None:
     """Start a broker on this machine and keep it running until stopped.
@@ -81,6 +83,7 @@ def command(
             lease_s=lease_s,
             collateral=collateral,
             roots=root_pins(own_roots),
+            kbs=kbs,
         ),
         say=you.ui.say,
         ready=ready,
