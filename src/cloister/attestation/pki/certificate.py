@@ -113,6 +113,9 @@ def _load(data: bytes) -> x509.Certificate:
 
 
 def _with_cryptography(loaded: x509.Certificate) -> Certificate:
+    der = loaded.public_bytes(Encoding.DER)
+    if der[-1 - len(loaded.signature)] != 0:  # nothing signs that byte, so one certificate would have two forms
+        raise ValueError("unused bits in the signature")
     key = loaded.public_key()
     if not isinstance(key, (ec.EllipticCurvePublicKey, rsa.RSAPublicKey)):
         raise TypeError(f"a public key of type {type(key).__name__}")
@@ -142,7 +145,7 @@ def _with_cryptography(loaded: x509.Certificate) -> Certificate:
         return check_signature(issuer.key, loaded.signature, loaded.tbs_certificate_bytes, hash_, parameters)
 
     return Certificate(
-        der=loaded.public_bytes(Encoding.DER),
+        der=der,
         subject=loaded.subject.rfc4514_string(),
         subject_der=loaded.subject.public_bytes(),
         issuer_der=loaded.issuer.public_bytes(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -61,7 +62,10 @@ def from_der(data: bytes, *, where: str) -> RevocationList:
     if not 0 < len(data) <= LIMIT:
         raise _malformed(where, f"{len(data)} bytes", f"a DER revocation list of at most {LIMIT} bytes")
     try:
-        loaded = x509.load_der_x509_crl(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names with odd values; the issuer's name must equal them anyway
+            loaded = x509.load_der_x509_crl(data)
+            issuer = loaded.issuer.public_bytes()
         number = None
         for extension in loaded.extensions:
             if isinstance(extension.value, x509.CRLNumber):
@@ -70,7 +74,7 @@ def from_der(data: bytes, *, where: str) -> RevocationList:
                 raise ValueError(f"critical extension {extension.oid.dotted_string}")
         return RevocationList(
             der=data,
-            issuer_der=loaded.issuer.public_bytes(),
+            issuer_der=issuer,
             number=number,
             this_update=loaded.last_update_utc,
             next_update=loaded.next_update_utc,
