@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from cloister.attestation import evidence as wire
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import Binding, check_binding
+from cloister.attestation.collateral.read import recognise
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.events import event
 from cloister.attestation.files import Case
@@ -700,6 +701,20 @@ def test_real_evidence_is_refused_without_a_revocation_list() -> None:
     evidence = Evidence("sev-snp", one.files["report"], (), MappingProxyType({"leaf": one.files["leaf"]}))
     error = refusal(verify, evidence, files_snp.endorsements(one), Roots(), now=one.now)
     assert error.reasons[0].where == "sev-snp.4-revocation.revocation"
+
+
+@real
+def test_a_leaf_in_a_file_is_filed_where_its_report_looks_for_it() -> None:
+    for name in ("milan-vcek-trustee", "milan-debug-google"):
+        one = case(next(entry for entry in ENTRIES if entry["name"] == name))
+        (found,) = recognise(one.files["leaf"])
+        assert found.subject == snp_format.wanted_subject(snp_format.parse(one.files["report"]))
+        bare = Evidence("sev-snp", one.files["report"])
+        endorsed = Endorsements((*files_snp.endorsements(one).items, found))
+        assert snp_verify.examine(bare, endorsed, Roots(), now=one.now, revocation=False).tee == "sev-snp"
+    one = case(next(entry for entry in ENTRIES if entry["name"] == "milan-vlek-aws"))
+    (found,) = recognise(one.files["leaf"])
+    assert found.subject == "vlek/CN=cc-us-east-2.amazonaws.com"
 
 
 @real

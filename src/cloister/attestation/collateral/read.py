@@ -15,6 +15,7 @@ from cryptography.x509 import ocsp
 from cloister.attestation.endorsements import Endorsement
 from cloister.attestation.pki import certificate as certificates
 from cloister.attestation.pki import crl as revocation
+from cloister.attestation.snp import format as snp_format
 from cloister.crypto.canonical import json_decode
 from cloister.errors import EvidenceError, Reason
 
@@ -85,28 +86,14 @@ def _der(data: bytes) -> Endorsement:
         raise _malformed("DER that is no certificate, revocation list or OCSP response") from error
 
 
-_VCEK_TCB: Final = ("1", "2", "4", "5", "6", "7", "3", "8")
-"""Arcs below 1.3.6.1.4.1.3704.1.3 of the TCB's bytes, from bl to microcode (AMD 57230, table of VCEK extensions)."""
-
-
 def _der_certificate(data: bytes) -> Endorsement:
     return _certificate(certificates.from_der(data, where=WHERE))
 
 
 def _certificate(found: certificates.Certificate) -> Endorsement:
     if "Advanced Micro Devices" in found.subject and not found.authority:
-        csp = found.extensions.get("1.3.6.1.4.1.3704.1.5")
-        if csp is not None:
-            return Endorsement("sev-snp", f"vlek/{csp[2:].decode('ascii', 'replace')}", found.der)
-        chip = found.extensions.get("1.3.6.1.4.1.3704.1.4", b"")
-        chip = chip[2:] if len(chip) == 66 and chip[0] == 4 else chip
-        return Endorsement("sev-snp", f"vcek/{chip.hex()}/{_tcb(found).hex()}", found.der)
+        return Endorsement("sev-snp", snp_format.leaf_subject(snp_format.leaf(found)), found.der)
     return Endorsement("tpm", f"ca/{hashlib.sha256(found.der).hexdigest()}", found.der)
-
-
-def _tcb(found: certificates.Certificate) -> bytes:
-    parts = [found.extensions.get(f"1.3.6.1.4.1.3704.1.3.{arc}", b"\x02\x01\x00") for arc in _VCEK_TCB]
-    return bytes(part[-1] for part in parts)
 
 
 def _crl(data: bytes) -> Endorsement:
