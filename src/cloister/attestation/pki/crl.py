@@ -63,26 +63,29 @@ def from_der(data: bytes, *, where: str) -> RevocationList:
         raise _malformed(where, f"{len(data)} bytes", f"a DER revocation list of at most {LIMIT} bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names with odd values; the issuer's name must equal them anyway
-            loaded = x509.load_der_x509_crl(data)
-            issuer = loaded.issuer.public_bytes()
-        number = None
-        for extension in loaded.extensions:
-            if isinstance(extension.value, x509.CRLNumber):
-                number = extension.value.crl_number
-            elif extension.critical:  # a delta or indirect list says less than it seems
-                raise ValueError(f"critical extension {extension.oid.dotted_string}")
-        return RevocationList(
-            der=data,
-            issuer_der=issuer,
-            number=number,
-            this_update=loaded.last_update_utc,
-            next_update=loaded.next_update_utc,
-            serials=frozenset(entry.serial_number for entry in loaded),
-            _loaded=loaded,
-        )
+            warnings.simplefilter("ignore")  # of names and numbers with odd values; the issuer's must be equal anyway
+            return _read(data)
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion) as error:
         raise _malformed(where, str(error)[:200] or "bytes", "one DER revocation list") from error
+
+
+def _read(data: bytes) -> RevocationList:
+    loaded = x509.load_der_x509_crl(data)
+    number = None
+    for extension in loaded.extensions:
+        if isinstance(extension.value, x509.CRLNumber):
+            number = extension.value.crl_number
+        elif extension.critical:  # a delta or indirect list says less than it seems
+            raise ValueError(f"critical extension {extension.oid.dotted_string}")
+    return RevocationList(
+        der=data,
+        issuer_der=loaded.issuer.public_bytes(),
+        number=number,
+        this_update=loaded.last_update_utc,
+        next_update=loaded.next_update_utc,
+        serials=frozenset(entry.serial_number for entry in loaded),
+        _loaded=loaded,
+    )
 
 
 def _malformed(where: str, found: str, wanted: str) -> EvidenceError:
