@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cloister.cli.common import You, now, read_file
+from cloister.cli.common import You, count, now, read_file
 from cloister.errors import CloisterError, EvidenceError, InputError, Reason
 
 if TYPE_CHECKING:
@@ -37,22 +37,24 @@ def read(path: Path, what: str) -> bytes:
 
 
 def read_policy(path: Path, place: str) -> Policy:
-    """Return the appraisal policy of `place` in the contract at `path`; the only place if `place` is empty.
+    """Return the appraisal policy of `place` in `path`, a contract or its [place] tables; the only place if `place` is empty.
 
     Raises:
-        InputError: the file is no contract, or has no such place, or has several and none was named.
+        InputError: the file is neither, or has no such place, or has several and none was named.
     """
-    from cloister.cli.common import read_contract
     from cloister.contract.decide import compile_place
+    from cloister.contract.parse import parse
 
-    _, contract = read_contract(path)
+    contract = parse(read_file(path, "the policy"), name=path.name, places_only=True)
     names = sorted(contract.place)
     if not place and len(names) == 1:
         place = names[0]
     if place not in contract.place:
         found = repr(place) if place else f"{len(names)} places"
         raise InputError(
-            "which place?", reasons=[Reason("--place", found, " or ".join(names))], hint="name one of the contract's places"
+            "which place?",
+            reasons=[Reason("--place", found, " or ".join(names))],
+            hint="name one of the contract's places",
         )
     return compile_place(contract, place)
 
@@ -129,7 +131,9 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
     lines += [f"{style('✗', 'bad')} {each.where}  wants {each.wanted}, found {each.found}" for each in reasons]
     if policy is not None and observed.claims is not None and not reasons:
         lines.append(f"{style('✓', 'ok')} {policy.where}  every rule of the policy holds")
-    fields = {**observed.fields, **(_claims(observed.claims) if observed.claims else {})}
+    fields = dict(observed.fields) or (_claims(observed.claims) if observed.claims else {})
+    if observed.claims is not None and observed.fields:
+        fields |= {f"certificate {index}": each for index, each in enumerate(observed.claims.chain)}
     if fields:
         width = max(map(len, fields))
         lines += ["", *(f"{name.ljust(width)}  {value}" for name, value in fields.items())]
@@ -168,7 +172,7 @@ def _verdict(observed: Observation, undone: Sequence[Step], reasons: Sequence[Re
     soft = observed.claims is not None and observed.claims.soft
     warning = " - software evidence: it protects NOTHING" if soft else ""
     if reasons:
-        return f"authentic {at}, but NOT ACCEPTABLE to the policy: {len(reasons)} rules broken{warning}"
+        return f"authentic {at}, but NOT ACCEPTABLE to the policy: {count(len(reasons), 'rule')} broken{warning}"
     if undone:
         return f"NOT ENOUGH {at}: nothing is wrong so far, but {', '.join(step.name for step in undone)} could not be checked{warning}"
     return f"authentic {at}{warning}"

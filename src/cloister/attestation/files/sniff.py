@@ -197,9 +197,10 @@ def _der(data: bytes) -> Guess | None:
 
 def _certificate(first: certificates.Certificate, *, many: bool) -> Guess:
     subject = first.subject.upper()
-    if "ADVANCED MICRO DEVICES" in subject:
-        if "VCEK" in subject or ("VLEK," in f"{subject}," and not first.authority):
-            return "snp", "leaf"
+    # by common name and not by company: a test root has the same names
+    if re.search(r"(?:^|=|: )SEV-(?:VCEK|VLEK)(?:,|$)", subject) and not first.authority:
+        return "snp", "leaf"
+    if re.search(r"(?:=|: )(?:ARK|SEV)-[A-Z-]+", subject) and first.authority:
         return "snp", "chain"
     if "NVIDIA" in subject:
         return "nvidia", "chain"
