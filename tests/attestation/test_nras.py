@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister.attestation.files import Case
@@ -206,6 +206,7 @@ def test_arbitrary_bytes_are_no_bundle(data: bytes) -> None:
     assert value_or_malformed(lambda: eat.read_bundle(data)) is None
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=8),
