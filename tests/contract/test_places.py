@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import date, timedelta
 from typing import Any
 
 import pytest
 
-from cloister.attestation.types import BootEvent, Claims, LogRule, Policy
+from cloister.attestation.types import IDENTITIES, BootEvent, Claims, LogRule, Policy
 from cloister.contract import Contract, Request, State, compile_place, decide, parse
 from cloister.contract.analyse import explain, lint, place_text
 from cloister.contract.change import diff, subjects
+from cloister.contract.model import PLATFORM
 from cloister.errors import InputError
 from tests.contract.samples import GPU, NAMES, TODAY, changed, edited
 
@@ -26,7 +28,7 @@ min_tcb         = "2026-08"
 tcb             = ["UpToDate", "NotRated"]
 max_tcb_age     = "365d"
 deny_advisories = ["INTEL-SA-00837"]
-min_svn         = {{ sev-snp = {{ snp = 22, ucode = 200 }}, tdx = {{ tcb_evaluation_data_number = 18 }} }}
+min_svn         = {{ sev-snp = {{ snp = 22, microcode = 200 }}, tdx = {{ tcb_evaluation_data_number = 18 }} }}
 require         = {{ sev-snp = {{ smt = false }}, tdx = {{ sept_ve_disable = true }} }}
 platforms       = {{ allow = ["ppid:{PPID}", "chip_id:{CHIP}"], deny = ["csp_id:CN=cc-us-east-2.amazonaws.com"] }}
 gpu             = "confidential"
@@ -90,7 +92,7 @@ def test_everything_compiles_into_the_one_policy() -> None:
         tcb_statuses=frozenset({"UpToDate", "NotRated"}),
         max_tcb_age=timedelta(days=365),
         deny_advisories=frozenset({"INTEL-SA-00837"}),
-        min_svn={"sev-snp": {"snp": 22, "ucode": 200}, "tdx": {"tcb_evaluation_data_number": 18}},
+        min_svn={"sev-snp": {"snp": 22, "microcode": 200}, "tdx": {"tcb_evaluation_data_number": 18}},
         require={"sev-snp": {"smt": False}, "tdx": {"sept_ve_disable": True}},
         platform_allow=frozenset({("ppid", PPID), ("chip_id", CHIP)}),
         platform_deny=frozenset({("csp_id", "CN=cc-us-east-2.amazonaws.com")}),
@@ -149,13 +151,13 @@ def test_snp_meets_a_month_by_its_numbers() -> None:
         tee="sev-snp",
         tcb_status="NotRated",
         tcb_date=None,
-        svns={"snp": 22, "ucode": 213},
+        svns={"snp": 22, "microcode": 213},
         attributes={"smt": False},
         platform={"chip_id": CHIP},
         measurements={"mrsigner": b"\x55" * 32},
     )
     assert [where for where in wheres(snp) if "software" not in where] == ["place.enclave.max_tcb_age"]
-    assert "place.enclave.min_svn.snp" in wheres(replace(snp, svns={"snp": 21, "ucode": 213}))
+    assert "place.enclave.min_svn.snp" in wheres(replace(snp, svns={"snp": 21, "microcode": 213}))
 
 
 def test_machines_of_a_host_may_be_listed() -> None:
@@ -187,7 +189,7 @@ def test_explain_says_what_a_place_wants() -> None:
     text = place_text(contract(), "enclave")
     assert text == (
         "enclave: tdx or sev-snp or sgx or azure-snp; firmware of 2026-08 or newer; TCB UpToDate or NotRated;"
-        " a TCB level at most 365 days old; not affected by INTEL-SA-00837; sev-snp with snp 22 or more, ucode 200 or more;"
+        " a TCB level at most 365 days old; not affected by INTEL-SA-00837; sev-snp with snp 22 or more, microcode 200 or more;"
         " tdx with tcb_evaluation_data_number 18 or more; sev-snp with smt off; tdx with sept_ve_disable on;"
         f" only ppid:{PPID}, chip_id:{CHIP[:39]}…; never csp_id:CN=cc-us-east-2.amazonaws.com;"
         " every GPU confidential and one of ueid:a1;"
@@ -202,7 +204,7 @@ def test_explain_says_what_a_place_wants() -> None:
     ("old", "new", "words", "warning"),
     [
         (
-            "sev-snp = { snp = 22, ucode = 200 }, ",
+            "sev-snp = { snp = 22, microcode = 200 }, ",
             "",
             "sev-snp, azure-snp has no TCB dates: refused until min_svn",
             False,
@@ -225,3 +227,12 @@ def test_a_fault_in_the_second_build_is_found_on_its_line() -> None:
     assert finding.where == "place.enclave.software.1.svns_least.isvsvn"
     line = data.decode().split("\n")[finding.line - 1]  # type: ignore[attr-defined]  # a Finding
     assert line.startswith("svns_least")
+
+
+def test_a_contract_can_name_every_id_that_evidence_shows() -> None:
+    """And no other: a deny list with a name of nothing would deny nothing."""
+    values = ("0a" * 16, "0a" * 6, "0a" * 64, "i-0a")
+    named = {name for name in IDENTITIES if any(re.fullmatch(PLATFORM, f"{name}:{value}") for value in values)}
+    assert named == set(IDENTITIES)
+    assert set(re.findall(r"[a-z][a-z_]+(?=[|):])", PLATFORM)) == set(IDENTITIES)
+    assert not re.fullmatch(PLATFORM, "sgx_type:1")

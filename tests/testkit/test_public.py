@@ -18,6 +18,7 @@ PUBLIC: Final[dict[str, dict[str, list[str] | None]]] = {
         "running_broker": None,
     },
     "softtee": {
+        "KINDS": None,
         "MEASUREMENT": None,
         "NOW": None,
         "SOFT_ROOTS": None,

@@ -31,6 +31,8 @@ IDENTITIES: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "instance_id": frozenset(),
         "ak": frozenset({"tpm"}),
         "ek": frozenset(),
+        "vtpm_ak": frozenset({"azure-snp", "azure-tdx"}),
+        "vm_unique_id": frozenset(),
         "ueid": frozenset({"nvidia-gpu"}),
         "udid": frozenset(),
         "device_key": frozenset({"nvidia-gpu"}),

@@ -33,8 +33,8 @@ ADVISORY: Final = r"^[A-Z][A-Z0-9]*(-[A-Z0-9]+)+$"
 AGE: Final = r"^[1-9][0-9]{0,3}d$"
 _GPU_ID: Final = r"(ueid|udid|device_key):[0-9a-f]{1,128}"
 PLATFORM: Final = (
-    r"^((ppid|platform_instance_id):[0-9a-f]{32}|fmspc:[0-9a-f]{12}|chip_id:[0-9a-f]{128}|(ak|ek):[0-9a-f]{2,128}"
-    rf"|(csp_id|module_id|instance_id):[0-9A-Za-z][0-9A-Za-z=._-]{{0,127}}|{_GPU_ID})$"
+    r"^((ppid|platform_instance_id):[0-9a-f]{32}|fmspc:[0-9a-f]{12}|chip_id:[0-9a-f]{128}|(ak|ek|vtpm_ak):[0-9a-f]{2,128}"
+    rf"|(csp_id|module_id|instance_id|vm_unique_id):[0-9A-Za-z][0-9A-Za-z=._-]{{0,127}}|{_GPU_ID})$"
 )
 GPU: Final = f"^{_GPU_ID}$"
 FILES: Final = r"^(signed-by:[a-z][a-z0-9-]{0,39}|sha256:[0-9a-f]{64})$"

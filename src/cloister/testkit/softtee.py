@@ -1,5 +1,6 @@
 """Soft TEEs for tests: evidence, collateral, claims and policies with one line each, at a fixed time.
 
+    platform = SoftPlatform(kind="sev-snp", gpus=("gpu0",))
     platform = SoftPlatform(status="OutOfDate")
     platform.run(workload(code=digest))
     claims = platform.claims(binding(nonce=nonce))          # through verify() and dcap-qvl, ~1 ms
@@ -22,17 +23,25 @@ from typing import Any, Final
 
 from cloister.attestation import events as event_log
 from cloister.attestation.binding import Binding
-from cloister.attestation.edge.attester import SoftTdxAttester
+from cloister.attestation.edge import soft as soft_edge
+from cloister.attestation.edge.attester import Attester, SoftTdxAttester, attest
 from cloister.attestation.edge.collateral import soft_collateral
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.events import Workload
 from cloister.attestation.roots import Roots
+from cloister.attestation.soft import cca as soft_cca
+from cloister.attestation.soft import nitro as soft_nitro
+from cloister.attestation.soft import nvidia as soft_nvidia
+from cloister.attestation.soft import sgx as soft_sgx
+from cloister.attestation.soft import snp as soft_snp
 from cloister.attestation.soft import tdx as soft_tdx
+from cloister.attestation.soft import tpm as soft_tpm
 from cloister.attestation.types import Claims, Event, Evidence, Policy
 from cloister.attestation.verify import verify
 from cloister.confine.profile import profile
 
 __all__ = [
+    "KINDS",
     "MEASUREMENT",
     "NOW",
     "SOFT_ROOTS",
@@ -49,7 +58,9 @@ NOW: Final = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 """The clock of every builder here."""
 SOFT_ROOTS: Final = Roots(soft=True)
 MEASUREMENT: Final = hashlib.sha384(b"cloister testkit image").digest()
-"""MRTD of every builder here, 48 bytes."""
+"""What every builder here measures, 48 bytes: MRTD of `tdx`, and `SoftPlatform.launch` of the others."""
+KINDS: Final = ("tdx", "sgx", "sev-snp", "nitro", "cca", "tpm", "azure-snp", "azure-tdx")
+"""Every hardware that a soft platform plays."""
 STATUSES: Final = soft_tdx.STATUSES
 """Every TCB status that a soft platform can have; `Revoked` is refused by `verify` already."""
 
@@ -90,54 +101,129 @@ def soft_claims(*, events: tuple[Event, ...] | None = None, **fields: Any) -> Cl
 
 
 class SoftPlatform:
-    """One soft TDX machine with one guest, and the collateral that endorses it.
+    """One soft machine with one guest, perhaps with GPUs, and the collateral that endorses it.
 
     Args:
-        name: another name is another machine (keys, PPID, serial number).
-        status: TCB status that the collateral gives to this machine, one of `STATUSES`.
-        debug: the guest is debuggable; `verify` refuses it.
-        measurement: MRTD, 48 bytes.
+        name: another name is another machine (keys, ids).
+        kind: one of `KINDS`.
+        status: TCB status that the collateral gives to this machine, one of `STATUSES`; `tdx` and `sgx` only.
+        debug: the guest is debuggable; a TPM has no such mode.
+        measurement: 48 bytes; `launch` is what a verifier finds of it.
         now: when `claims` verifies.
         issued, lifetime: window of the collateral; default: valid around `now`.
-        tcb_date: date of every TCB level in the collateral.
-        revoked: the collateral's CRL revokes this machine's PCK certificate.
-        label: another label is another root, which nobody pins.
-        machine: options of `soft.tdx.platform` for faults inside the quote (`qe_report_data`, `pce_svn`, `fmspc`, ...).
-        endorsed_fmspc: FMSPC that the signed TCB info names, when it shall differ from the machine's.
+        tcb_date: date of every TCB level in the collateral; `tdx` and `sgx` only.
+        revoked: the collateral revokes what it can of this machine: its PCK certificate, AMD's ASK, the enclave's leaf, the AK.
+        label: another label is another root, which nobody pins. Each kind has one of its own.
+        machine: options of the generator in `attestation.soft` for faults inside the evidence.
+        endorsed_fmspc: FMSPC that the signed TCB info names, when it shall differ from the machine's; `tdx` and `sgx` only.
+        gpus: GPUs beside the CPU, by name; with collateral for each.
+        debug_gpu: those GPUs are open for debugging.
+
+    Raises:
+        ValueError: an option that this kind does not have.
     """
 
     def __init__(
         self,
         name: str = "soft",
         *,
+        kind: str = "tdx",
         status: str = "UpToDate",
         debug: bool = False,
         measurement: bytes = MEASUREMENT,
         now: datetime = NOW,
         issued: datetime | None = None,
-        lifetime: timedelta = soft_tdx.LIFETIME,
+        lifetime: timedelta | None = None,
         tcb_date: datetime | None = None,
         revoked: bool = False,
-        label: str = soft_tdx.LABEL,
+        label: str | None = None,
         machine: Mapping[str, Any] | None = None,
         endorsed_fmspc: str | None = None,
+        gpus: tuple[str, ...] = (),
+        debug_gpu: bool = False,
     ) -> None:
-        self.now = now
-        self.roots = SOFT_ROOTS
-        self.machine = soft_tdx.platform(name, status=status, label=label, **(machine or {}))
-        self.attester = SoftTdxAttester(measurement, machine=self.machine, debug=debug)
-        levels = None
-        if tcb_date is not None:
-            levels = tuple(replace(level, date=tcb_date.date()) for level in soft_tdx.levels(now.date()))
-        document = soft_tdx.collateral(
-            now - timedelta(days=1) if issued is None else issued,
-            lifetime=lifetime,
-            fmspc=self.machine.fmspc if endorsed_fmspc is None else endorsed_fmspc,
-            tcb_levels=levels,
-            revoked=(self.machine.serial,) if revoked else (),
-            label=label,
+        self.kind, self.now, self.roots = kind, now, SOFT_ROOTS
+        made = now - timedelta(days=1) if issued is None else issued
+        window: dict[str, Any] = {} if lifetime is None else {"lifetime": lifetime}
+        root: dict[str, Any] = {} if label is None else {"label": label}
+        options = {**root, **(machine or {})}
+        intel_only = {"status": status != "UpToDate", "tcb_date": tcb_date, "endorsed_fmspc": endorsed_fmspc}
+        if kind not in ("tdx", "sgx") and any(intel_only.values()):
+            raise ValueError(f"{kind} has no {', '.join(name for name, given in intel_only.items() if given)}")
+        # of these only a Blackwell's certificate says that it is open
+        cards = tuple(
+            soft_nvidia.gpu(each, arch="BLACKWELL" if debug_gpu else "HOPPER", debug=debug_gpu) for each in gpus
         )
-        self.endorsements = Endorsements((Endorsement("tdx", self.machine.fmspc, document),))
+        beside = tuple(soft_edge.SoftGpuAttester(machine=card) for card in cards)
+        self.machine: Any = None
+        self.attester: Attester
+        endorsements = Endorsements()
+        match kind:
+            case "tdx" | "sgx":
+                intel = soft_tdx if kind == "tdx" else soft_sgx
+                self.machine = intel.platform(name, status=status, **options)
+                attester = SoftTdxAttester if kind == "tdx" else soft_edge.SoftSgxAttester
+                self.attester = attester(measurement, machine=self.machine, debug=debug, devices=beside)
+                levels = None
+                if tcb_date is not None:
+                    levels = tuple(replace(level, date=tcb_date.date()) for level in soft_tdx.levels(now.date()))
+                document = intel.collateral(
+                    made,
+                    fmspc=self.machine.fmspc if endorsed_fmspc is None else endorsed_fmspc,
+                    tcb_levels=levels,
+                    revoked=(self.machine.serial,) if revoked else (),
+                    **window,
+                    **root,
+                )
+                endorsements = Endorsements((Endorsement(kind, self.machine.fmspc, document),))
+            case "sev-snp":
+                self.machine = soft_snp.machine(name, **options)
+                self.attester = soft_edge.SoftSnpAttester(
+                    measurement, machine=self.machine, debug=debug, devices=beside
+                )
+                endorsements = _all(soft_snp.endorsements(made, revoked=("ask",) if revoked else (), **window, **root))
+            case "nitro":
+                if label is not None or machine:
+                    raise ValueError("nitro has no label and no machine here; `soft.nitro` has")
+                leaf = soft_nitro.enclave(
+                    name, issued=now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
+                )
+                self.attester = soft_edge.SoftNitroAttester(
+                    measurement, machine=name, debug=debug, clock=lambda: now, devices=beside
+                )
+                serials = (leaf.serial,) if revoked else ()
+                endorsements = soft_nitro.endorsements(made, revoked=serials, **window)
+            case "cca":
+                if revoked:
+                    raise ValueError("cca has nothing to revoke")
+                self.machine = soft_cca.platform(name, **options)
+                self.attester = soft_edge.SoftCcaAttester(
+                    measurement, machine=self.machine, debug=debug, devices=beside
+                )
+                endorsements = soft_cca.endorsements(made, name=name, **root)
+            case "tpm":
+                if debug:
+                    raise ValueError("a TPM has no debug mode")
+                self.machine = soft_tpm.machine(name, **options)
+                self.attester = soft_edge.SoftTpmAttester(measurement, machine=self.machine, devices=beside)
+                serials = (self.machine.serial,) if revoked else ()
+                endorsements = _all(soft_tpm.endorsements(made, revoked=serials, **window, **root))
+            case "azure-snp" | "azure-tdx":
+                if name != "soft" or options or revoked or issued or lifetime:
+                    raise ValueError(f"{kind} is one soft machine here; `soft.azure` makes others")
+                which: Any = kind
+                self.attester = soft_edge.SoftAzureAttester(measurement, kind=which, debug=debug, devices=beside)
+                endorsements = soft_collateral(now, "sev-snp", "tdx")
+            case _:
+                raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+        if cards:
+            endorsements = endorsements | soft_nvidia.endorsements(now - timedelta(hours=1), cards)
+        self.endorsements = endorsements
+
+    @property
+    def launch(self) -> bytes:
+        """The launch measurement that a verifier finds."""
+        return bytes(getattr(self.attester, "launch"))  # noqa: B009  # of soft attesters, not of the protocol
 
     def run(self, measured: Workload) -> SoftPlatform:
         """Extend the register with the workload event, as a node does before it asks for a key."""
@@ -148,8 +234,8 @@ class SoftPlatform:
         return self
 
     def evidence(self, bound: Binding | None = None) -> Evidence:
-        """Return evidence over `bound` (default: `binding()`)."""
-        return self.attester.evidence((binding() if bound is None else bound).report_data())
+        """Return evidence of the CPU and its GPUs over `bound` (default: `binding()`)."""
+        return attest(self.attester, binding() if bound is None else bound)
 
     def claims(self, bound: Binding | None = None) -> Claims:
         """Return what `verify` finds in `evidence(bound)` at `now`.
@@ -158,6 +244,10 @@ class SoftPlatform:
             EvidenceError: as `verify`.
         """
         return verify(self.evidence(bound), self.endorsements, self.roots, now=self.now)
+
+
+def _all(items: tuple[Endorsement, ...] | Endorsements) -> Endorsements:
+    return items if isinstance(items, Endorsements) else Endorsements(items)
 
 
 @lru_cache(maxsize=1)
