@@ -89,8 +89,8 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
 def examine(
     evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime, runtime_log: bool
 ) -> Claims:
-    """The same; without `runtime_log`, step 10 is left out and the claims have no events: for looking at a quote whose
-    log nobody kept, never for a decision.
+    """The same; without `runtime_log`, step 10 is left out and the claims have no events: where another register holds
+    the log (a cloud's vTPM), and to look at a quote in a file whose log nobody kept.
 
     Raises:
         EvidenceError, ValueError: as `verify`.
