@@ -487,7 +487,7 @@ def _machine(device: soft.Gpu = GPU, **bound: Any) -> tuple[Evidence, Endorsemen
     gpu = soft.evidence(device, inner.for_devices().qualifying_data())
     whole = inner.over((gpu,))
     platform = SoftPlatform()
-    evidence = replace(platform.evidence(whole), devices=(gpu,))
+    evidence = replace(platform.attester.evidence(whole.report_data()), devices=(gpu,))
     return evidence, platform.endorsements | soft.endorsements(ISSUED, (device,)), whole
 
 
