@@ -1083,3 +1083,24 @@ def test_negative_cases_made_from_the_own_boot() -> None:
         assert (facts["authentic"], facts["ima"]) == (True, False)
     boot = (OWN / "uefi_bios.bin").read_bytes()
     assert files.observe(case(eventlog=boot[: boot.rindex(b"Exit Boot") - 4])).facts["eventlog"] is False
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
+
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "attestation"
+
+
+def test_the_pages_name_every_step_part_and_template() -> None:
+    page = (PAGES / "tpm.md").read_text()
+    assert all(f"| `{name}` |" in page for name in tpm_verify.STEPS)
+    assert all(f"| `{part}` |" in page for part in tpm_verify.PARTS)
+    claims = judged(evidence(BARE), noted())
+    for name in (*claims.svns, *claims.attributes, *claims.platform, "boot_aggregate"):
+        assert f"`{name}`" in page
+    lists = (PAGES / "ima.md").read_text()
+    for template, fields in ima.TEMPLATES.items():
+        assert f"| `{template}` |" in lists
+        assert template == "ima" or ", ".join(f"`{field}`" for field in fields) in lists
+    logs = (PAGES / "event-logs.md").read_text()
+    assert f"{tcg.LIMIT:,} bytes and {tcg.MOST_EVENTS:,} events" in logs
+    assert all(f"`{tcg.type_name(number)}`" in logs for number in tcg.VARIABLES)
