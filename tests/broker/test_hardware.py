@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 
+from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import attest
+from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.roots import Roots
 from cloister.attestation.soft import intel
-from cloister.attestation.types import Claims
+from cloister.attestation.types import Claims, Evidence
 from cloister.broker import decide, wire
 from cloister.broker.client import Trust, root_pins
 from cloister.broker.log import leaf as leaves
+from cloister.contract.parse import parse
 from cloister.errors import DeniedError, EvidenceError, InputError
-from cloister.testkit.softtee import MEASUREMENT, NOW, SOFT_ROOTS, SoftPlatform, soft_claims
-from tests.broker.test_decide import ASK, BINDING, CONTRACT, HOLDINGS, KNOWN, PAIR, WORKLOAD, judged, refused
+from cloister.testkit.softtee import KINDS, MEASUREMENT, NOW, SOFT_ROOTS, SoftPlatform, soft_claims
+from tests.broker.test_decide import ASK, BINDING, CONTRACT, HOLDINGS, KNOWN, PAIR, WORKLOAD, WORLD, judged, refused
 from tests.broker.world import TRAINER
 
 GPU = Claims(
@@ -119,6 +122,155 @@ def test_a_contracts_software_comes_in_addition_to_the_brokers_list() -> None:
     error = refused(trusted=decide.Trusted(SOFT_ROOTS, SoftPlatform().endorsements, frozenset({b"\x09" * 48})))
     assert isinstance(error, EvidenceError)
     assert [reason.where for reason in error.reasons] == ["node.mrtd"]
+
+
+# --- every kind of hardware, end to end through the decision ----------------------------------------------------------
+
+HOST_KINDS = ("tpm",)
+
+
+def place_of(platform: SoftPlatform) -> str:
+    """A place that wants this very kind of hardware, played by software."""
+    claims = platform.claims()
+    if claims.kind == "attested-host":
+        return f'kind = "attested-host", boot = ["{claims.boot}"]'
+    gpu = ', gpu = "confidential"' if claims.devices else ""
+    return f'kind = "tee", accept = ["simulated"]{gpu}'
+
+
+def released(
+    platform: SoftPlatform, *, evidence: Evidence | None = None, more: Endorsements | None = None, **changed: Any
+) -> Any:
+    """Judge a release by `platform` under a contract with `place_of` it."""
+    text = WORLD.contract(accept='"simulated"').decode()
+    assert text.count('kind = "tee", accept = ["simulated"]') == 1
+    contract = parse(
+        text.replace('kind = "tee", accept = ["simulated"]', changed.pop("place", place_of(platform))).encode(),
+        name="t",
+    )
+    ask = wire.ReleaseAsk(contract.id, "train", ("xrays",), ("detector",))
+    binding = replace(BINDING, contract=contract.id, request=ask.hashed())
+    return decide.release(
+        ask,
+        attest(platform.attester, changed.pop("bound", binding)) if evidence is None else evidence,
+        binding,
+        nonce_issued=NOW,
+        known=replace(KNOWN, contract=contract),
+        holdings=HOLDINGS,
+        trusted=decide.Trusted(
+            SOFT_ROOTS,
+            platform.endorsements | (more or Endorsements()),
+            changed.pop("software", frozenset({platform.launch})),
+        ),
+        lease=timedelta(minutes=10),
+        now=NOW,
+    )
+
+
+def asked_for(platform: SoftPlatform) -> Binding:
+    """The binding of `released`."""
+    text = WORLD.contract(accept='"simulated"').decode()
+    contract = parse(text.replace('kind = "tee", accept = ["simulated"]', place_of(platform)).encode(), name="t")
+    ask = wire.ReleaseAsk(contract.id, "train", ("xrays",), ("detector",))
+    return replace(BINDING, contract=contract.id, request=ask.hashed())
+
+
+def wheres_of(verdict: Any) -> list[str]:
+    """What was refused: the attacker got nothing else."""
+    assert isinstance(verdict, decide.Refusal)
+    return [reason.where for reason in verdict.error.reasons]
+
+
+def node(kind: str, *gpus: str, **options: Any) -> SoftPlatform:
+    """A soft node of `kind` that has measured its workload."""
+    return SoftPlatform(kind=kind, gpus=gpus, **options).run(WORKLOAD)
+
+
+@pytest.mark.parametrize("gpus", [(), ("one", "two")], ids=["cpu", "cpu+2gpu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gets_its_keys(kind: str, gpus: tuple[str, ...]) -> None:
+    platform = node(kind, *gpus)
+    if kind in HOST_KINDS:  # a contract never takes a soft host: nothing there could name it
+        assert wheres_of(released(platform)) == ["place.enclave.kind"]
+        return
+    grant = released(platform)
+    assert isinstance(grant, decide.Grant)
+    assert grant.claims.valid_until is None or grant.expires <= grant.claims.valid_until
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_software_on_any_kind_gets_nothing(kind: str) -> None:
+    platform = node(kind)
+    launch = platform.claims().launch
+    assert f"node.{launch}" in wheres_of(released(platform, software=frozenset({bytes(48), bytes(32)})))
+    assert f"node.{launch}" in wheres_of(
+        released(node(kind, measurement=b"\x0e" * 48), software=frozenset({platform.launch}))
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mix_and_match_of_any_kind_gets_nothing(kind: str) -> None:
+    """The CPU of one machine with the GPU of another, one GPU more, one less, or the same one twice."""
+    mine, theirs = node(kind, "one"), node(kind, "theirs")
+    bound = asked_for(mine)
+    own, other = attest(mine.attester, bound), attest(theirs.attester, bound)
+    for devices in (other.devices, (), own.devices + other.devices, own.devices * 2):
+        verdict = released(mine, evidence=replace(own, devices=devices), more=theirs.endorsements)
+        assert {where for where in wheres_of(verdict) if where.startswith("binding.")}
+        assert verdict.error.code == "evidence-unacceptable"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_relay_and_diversion_of_any_kind_get_nothing(kind: str) -> None:
+    platform = node(kind, "one")
+    bound = asked_for(platform)
+    for other in (
+        replace(bound, nonce=b"\x0e" * 32),  # evidence of another exchange
+        replace(bound, key=b"\x0e" * 1216),  # a genuine TEE attests for somebody else
+        replace(bound, peer_key=b"\x0e" * 32),  # it talks to somebody in between
+        replace(bound, contract="sha256:" + "0e" * 32),
+        replace(bound, phase="serve"),
+        replace(bound, request=b"\x0e" * 32),
+        replace(bound, purpose="service"),
+    ):
+        wheres = wheres_of(released(platform, bound=other))
+        assert wheres[:2] == ["binding.report_data", "binding.devices.0"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HOST_KINDS])
+def test_a_cuckoo_of_any_kind_gets_nothing(kind: str) -> None:
+    """A place that lists its machines is not touched by a genuine machine of somebody else."""
+    platform = node(kind)
+    listed = 'kind = "tee", accept = ["simulated"], platforms = { allow = ["csp_id:CN=ours"] }'
+    bound = attest_under(platform, listed)
+    assert wheres_of(bound) == ["place.enclave.platforms.allow"]
+
+
+def attest_under(platform: SoftPlatform, place: str) -> Any:
+    """Judge a release under a contract with this place, bound to it."""
+    text = WORLD.contract(accept='"simulated"').decode().replace('kind = "tee", accept = ["simulated"]', place)
+    contract = parse(text.encode(), name="t")
+    ask = wire.ReleaseAsk(contract.id, "train", ("xrays",), ("detector",))
+    binding = replace(BINDING, contract=contract.id, request=ask.hashed())
+    return released(platform, place=place, evidence=attest(platform.attester, binding))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HOST_KINDS])
+def test_a_contracts_build_list_holds_for_any_kind(kind: str) -> None:
+    platform = node(kind)
+    launch = platform.claims().launch
+    place = 'kind = "tee", accept = ["simulated"], software = [{{ label = "ours", measurements = {{ {} = ["{}"] }} }}]'
+    assert isinstance(attest_under(platform, place.format(launch, platform.launch.hex())), decide.Grant)
+    refused = wheres_of(attest_under(platform, place.format(launch, "0e" * 48)))
+    assert refused == [f"place.enclave.software.ours.{launch}"]
+
+
+def test_a_renewal_after_a_reset_is_refused() -> None:
+    """The TPM counts it, and the key that the lease was given to was in memory."""
+    before = soft_claims(svns={"reset_count": 1, "restart_count": 0})
+    for after in ({"reset_count": 2, "restart_count": 0}, {"reset_count": 1, "restart_count": 1}):
+        assert decide._machine(before) != decide._machine(replace(before, svns=after))
+    assert decide._machine(before) == decide._machine(replace(before, svns={**before.svns, "firmware": 9}))
 
 
 # --- what the log says ------------------------------------------------------------------------------------------------

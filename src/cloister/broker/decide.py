@@ -408,7 +408,9 @@ def _same_lease(held: LeaseFacts, key: bytes, workload: Workload | None, claims:
 
 
 def _machine(claims: Claims) -> str:
-    return ", ".join((claims.tee, *identities(claims)))
+    # a TPM counts resets and resumes: after one the memory that held the key was in somebody's hands
+    counts = (f"{name}:{claims.svns[name]}" for name in ("reset_count", "restart_count") if name in claims.svns)
+    return ", ".join((claims.tee, *identities(claims), *counts))
 
 
 def _show(value: str | bytes) -> str:
