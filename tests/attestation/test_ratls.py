@@ -38,6 +38,7 @@ from cloister.attestation.edge.ratls import (
 )
 from cloister.attestation.events import WORKLOAD, event, workload_of
 from cloister.attestation.roots import Roots
+from cloister.attestation.soft import sgx as soft_sgx
 from cloister.attestation.types import Evidence, Policy
 from cloister.errors import EvidenceError, MachineError, PeerError
 from cloister.testkit.softtee import workload
@@ -169,6 +170,24 @@ def test_the_claims_are_canonical_and_readable_by_another_implementation() -> No
     assert set(value) == {"pubkey-hash", "nonce", "cloister.events"}
     assert cbor2.loads(value["pubkey-hash"])[0] == 1
     assert cbor2.loads(ratls.evidence_extension(b"q", made)) == cbor2.CBORTag(60000, (b"q", made))
+
+
+def test_an_sgx_quote_as_gramine_has_it_in_both_forms() -> None:
+    """Gramine's enclave with a genuine signature under the test root, through every step."""
+    machine = soft_sgx.platform()
+    own_spki = spki(own_key().public_key())
+    claims = ratls.claims(own_spki)
+    for oid, value in (
+        (ratls.OID, ratls.evidence_extension(enclave(machine, ratls.report_data(claims)), claims)),
+        (ratls.LEGACY_OIDS[0], enclave(machine, ratls.report_data(own_spki))),
+    ):
+        found = ratls.verify(certificate(own_key(), (oid, value)), soft_collateral(NOW), SOFT, now=NOW)
+        assert found.tee == "soft-sgx"
+        assert found.measurements["mrenclave"] == b"\x22" * 32
+
+
+def enclave(machine: soft_sgx.Platform, data: bytes) -> bytes:
+    return soft_sgx.quote(machine, mrenclave=b"\x22" * 32, report_data=data)
 
 
 def test_without_collateral_or_roots_nothing_is_believed() -> None:

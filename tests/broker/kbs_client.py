@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.keywrap import aes_key_unwrap
 
 from cloister.attestation.events import Workload
+from cloister.attestation.soft import nvidia as soft_nvidia
 from cloister.attestation.soft import sgx as soft_sgx
 from cloister.attestation.soft import snp as soft_snp
 from cloister.attestation.soft import tdx as soft_tdx
@@ -260,6 +261,24 @@ class KbsClient:
     def report_data(self, additional: str = "") -> bytes:
         value = self.runtime_data() | {"additional-evidence": additional}
         return hashlib.sha384(rfc8785.dumps(value)).digest() + bytes(16)
+
+    def device_nonce(self) -> bytes:
+        return hashlib.sha384(rfc8785.dumps(self.runtime_data())).digest()[:32]
+
+    def gpus(self, *gpus: soft_nvidia.Gpu, nonce: bytes | None = None, in_hex: bool = False) -> str:
+        """The additional evidence of NVIDIA devices."""
+        entries = []
+        for gpu in gpus:
+            made = soft_nvidia.evidence(gpu, self.device_nonce() if nonce is None else nonce)
+            entries.append(
+                {
+                    "arch": "HOPPER",
+                    "uuid": "GPU-0",
+                    "evidence": made.quote.hex() if in_hex else base64.b64encode(made.quote).decode(),
+                    "certificate": base64.b64encode(made.parts["chain"]).decode(),
+                }
+            )
+        return json.dumps({"nvidia": {"device_evidence_list": entries}})
 
     def attestation(self, additional: str = "") -> dict[str, Any]:
         value: dict[str, Any] = {

@@ -22,6 +22,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, RSAKey
 
 from cloister.attestation.events import Workload
+from cloister.attestation.soft import nvidia as soft_nvidia
 from cloister.broker.client import BrokerClient, own_measurement
 from cloister.broker.kbs import session as kbs_session
 from cloister.broker.log import leaf as leaves
@@ -40,7 +41,11 @@ ORIGIN = "test.example/kbs"
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory, clock: Clock) -> Iterator[RunningBroker]:
     config = Config(
-        origin=ORIGIN, attester="soft-tdx", node_measurements=frozenset({own_measurement()}), allow_soft=True, kbs=True
+        origin=ORIGIN,
+        attester="soft-tdx",
+        node_measurements=frozenset({own_measurement(), own_measurement()[:32]}),  # MRENCLAVE has 32 bytes
+        allow_soft=True,
+        kbs=True,
     )
     running = RunningBroker(tmp_path_factory.mktemp("broker"), config, process=False, clock=clock)
     running.start()
@@ -204,18 +209,49 @@ def test_the_broker_says_in_its_evidence_that_this_door_is_open(job: Job) -> Non
 
 
 @pytest.mark.parametrize("tee", ["snp", "sgx"])
-def test_evidence_of_other_hardware_is_verified_by_the_same_verifier(broker: RunningBroker, tee: str) -> None:
-    kbs = client(broker, tee=tee)
-    kbs.ready()
+def test_other_hardware_walks_the_same_way(broker: RunningBroker, job: Job, tee: str) -> None:
+    kbs = client(broker, tee=tee).ready()
     (public,) = kbs.http("GET", "/kbs/v0/jwks").json["keys"]
     body = jwt.decode(kbs.token, ECKey.import_key(public), algorithms=["ES256"]).claims
     assert body["submods"]["cpu0"]["cloister.tee"] == {"snp": "soft-sev-snp", "sgx": "soft-sgx"}[tee]
-    # bound to this session all the same
+    assert open_jwe(kbs.resource(job.path).json, kbs.key) == job.world.xrays_key.reveal()
+    # bound to this session all the same, and to its own launch register
     other = client(broker, tee=tee)
     other.auth()
     stolen = kbs.attestation()
     stolen["runtime-data"]["nonce"] = other.nonce
     assert other.attest(stolen).error == "AttestationError"
+    register = {"snp": "host_data", "sgx": "configid"}[tee]
+    assert f"kbs.init-data.{register}" in refused(broker, job, tee=tee, launched=b"\x01" * 32)
+
+
+@pytest.mark.parametrize("in_hex", [False, True])
+def test_gpus_are_bound_to_the_session_and_the_cpu_to_them(broker: RunningBroker, in_hex: bool) -> None:
+    world = World()
+    place = '[place.enclave]\nkind = "tee"\naccept = ["simulated"]\ngpu = "confidential"\n'
+    text = world.contract(name=f"kbs-gpu-{int(in_hex)}").decode()
+    text = re.sub(r"\[place\]\nenclave = .*\n", place, text)
+    world.ready(broker.client(), text.encode())
+    path = f"kbs-gpu-{int(in_hex)}/train/xrays"
+    gpu = soft_nvidia.gpu()
+
+    bare = client(broker).ready()
+    assert "place.enclave.gpu" in bare.resource(path).detail
+
+    kbs = client(broker)
+    kbs.auth()
+    answer = kbs.attest(kbs.attestation(kbs.gpus(gpu, in_hex=in_hex)))
+    assert answer.status == 200, answer.body
+    assert open_jwe(kbs.resource(path).json, kbs.key) == world.xrays_key.reveal()
+
+    # a report for another session, and a GPU more than the CPU vouched for
+    kbs = client(broker)
+    kbs.auth()
+    assert "kbs.additional_evidence.0.nonce" in kbs.attest(kbs.attestation(kbs.gpus(gpu, nonce=bytes(32)))).detail
+    kbs.auth()
+    value = kbs.attestation(kbs.gpus(gpu))
+    value["tee-evidence"]["additional_evidence"] = kbs.gpus(gpu, gpu)
+    assert "kbs.report_data" in kbs.attest(value).detail
 
 
 @pytest.mark.parametrize("tee", ["sample", "sampledevice", "tpm", "az-snp-vtpm", "tdx2", ""])
@@ -344,7 +380,7 @@ def test_evidence_for_another_tee_key_is_refused(broker: RunningBroker) -> None:
     assert "kbs.report_data" in answer.detail
 
 
-def test_additional_evidence_is_part_of_what_is_signed_and_refused(broker: RunningBroker) -> None:
+def test_additional_evidence_is_part_of_what_is_signed(broker: RunningBroker) -> None:
     kbs = client(broker)
     kbs.auth()
     value = kbs.attestation()
@@ -352,7 +388,14 @@ def test_additional_evidence_is_part_of_what_is_signed_and_refused(broker: Runni
     answer = kbs.attest(value)
     assert (answer.status, answer.error) == (401, "AttestationError")
     kbs.auth()
-    assert "kbs.additional_evidence" in kbs.attest(kbs.attestation('{"nvidia":{"device_evidence_list":[]}}')).detail
+    for text in (
+        "x", "[]", "{}", '{"nvidia":{}}', '{"nvidia":{"device_evidence_list":[]}}', '{"nvidia":{"device_evidence_list":[1]}}',
+        '{"nvidia":{"device_evidence_list":[{"arch":"","uuid":"","evidence":"%","certificate":""}]}}', '{"tpm":{}}',
+        '{"nvidia":{"device_evidence_list":[{"arch":"","uuid":"","evidence":"AAAA","certificate":"AAAA"}]}}',
+    ):  # fmt: skip
+        kbs.auth()
+        answer = kbs.attest(kbs.attestation(text))
+        assert (answer.status, answer.error) == (401, "AttestationError")
 
 
 def test_a_changed_quote_is_refused(broker: RunningBroker) -> None:

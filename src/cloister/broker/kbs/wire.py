@@ -34,6 +34,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from cloister.attestation import events
+from cloister.attestation.evidence import LIMITS
 from cloister.attestation.types import Claims, Evidence
 from cloister.crypto.canonical import json_decode, json_encode
 from cloister.errors import EvidenceError, PeerError, Reason
@@ -55,7 +56,7 @@ REFUSED: Final[Mapping[str, str]] = MappingProxyType(
     {
         "sample": "a test value of the protocol: it proves nothing, and no contract can accept it",
         "sampledevice": "a test value of the protocol: it proves nothing, and no contract can accept it",
-        "tpm": "its quote states no launch register for init-data, so no workload can be bound to it",
+        "tpm": "Trustee looks for init-data in PCR 8, which the guest's own software extends: no launch register binds a workload",
     }
 )
 REGISTERS: Final[Mapping[str, str]] = MappingProxyType({"tdx": "mrconfigid", "sev-snp": "host_data", "sgx": "configid"})
@@ -76,6 +77,7 @@ CURVES: Final[Mapping[str, tuple[ec.EllipticCurve, int]]] = MappingProxyType(
 RSA_BITS: Final = range(2048, 4097)
 
 _B64URL: Final = re.compile(r"[A-Za-z0-9_-]*")
+_HEX: Final = re.compile(r"(?:[0-9a-f]{2})+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,23 +248,48 @@ def evidence(kind: str, found: Attestation) -> Evidence:
         EvidenceError: `evidence-malformed`.
     """
     made = _READERS[kind](found.primary)
-    if found.additional:
-        raise _refused(
-            "kbs.additional_evidence",
-            "evidence of devices",
-            "none",
-            "devices are not taken through this door: use the broker's own protocol",
-        )
-    return made
+    return replace(made, devices=_devices(found.additional)) if found.additional else made
+
+
+def _devices(text: str) -> tuple[Evidence, ...]:
+    where = "kbs.additional_evidence"
+    try:
+        value = json_decode(text.encode(), limit=LIMIT, canonical=False)
+    except ValueError as error:
+        raise _refused(where, str(error)[:200], "a JSON object as text") from error
+    match value:
+        case {"nvidia": {"device_evidence_list": list(entries), **more}, **rest} if not rest and not more:
+            pass
+        case _:
+            raise _refused(where, "another shape", 'evidence of "nvidia" devices: {device_evidence_list}')
+    if not 0 < len(entries) <= LIMITS.devices:
+        raise _refused(where, f"{len(entries)} devices", f"1 to {LIMITS.devices}")
+    return tuple(_gpu(entry, f"{where}.{index}") for index, entry in enumerate(entries))
+
+
+def _gpu(entry: Any, where: str) -> Evidence:
+    """`arch` and `uuid` are the client's word; the report says what it is of."""
+    match entry:
+        case {"arch": str(), "uuid": str(), "evidence": str(report), "certificate": str(chain), **rest} if not rest:
+            pass
+        case _:
+            raise _refused(where, "another shape", "{arch, uuid, evidence, certificate}")
+    # older attesters write the report in hex, and Trustee tries that first, too: base64 of a report is not hex by accident
+    quote = bytes.fromhex(report) if _HEX.fullmatch(report) else _b64(report, f"{where}.evidence")
+    return Evidence("nvidia-gpu", quote, parts=MappingProxyType({"chain": _b64(chain, f"{where}.certificate")}))
 
 
 def bound(claims: Claims, found: Attestation) -> tuple[Reason, ...]:
     """Return why verified `claims` do not speak about this session's nonce and key; empty means that they do."""
-    wanted = found.report_data()
-    if not hmac.compare_digest(claims.report_data, wanted):
-        hint = "the evidence was made for another nonce, key or device evidence: attest again"
-        return (Reason("kbs.report_data", claims.report_data.hex() or "nothing", wanted.hex(), hint),)
-    return ()
+    hint = "the evidence was made for another nonce, key or device evidence: attest again"
+    reasons = []
+    signed = [("kbs.report_data", claims.report_data, found.report_data())]
+    for index, device in enumerate(claims.devices):
+        signed.append((f"kbs.additional_evidence.{index}.nonce", device.report_data, found.device_nonce()))
+    for where, value, wanted in signed:
+        if not hmac.compare_digest(value, wanted):
+            reasons.append(Reason(where, value.hex() or "nothing", wanted.hex(), hint))
+    return tuple(reasons)
 
 
 def _tdx(value: Mapping[str, Any]) -> Evidence:
