@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import attest
 from cloister.attestation.endorsements import Endorsements
@@ -37,12 +38,7 @@ MACHINE = replace(soft_claims(), tee="tdx", platform={"ppid": "0a" * 16, "sgx_ty
 
 def node_rules(claims: Claims, accepted: frozenset[bytes] = frozenset({MEASUREMENT})) -> list[str]:
     trusted = decide.Trusted(Roots(), SoftPlatform().endorsements, accepted)
-    policy = next(
-        getattr(decide, name)(claims, trusted) for name in ("software_policy", "_software") if hasattr(decide, name)
-    )
-    from cloister.attestation.appraise import appraise
-
-    return [reason.where for reason in appraise(claims, policy)]
+    return [reason.where for reason in appraise(claims, decide.software_policy(claims, trusted))]
 
 
 @pytest.mark.parametrize("launch", ["mrtd", "mrenclave", "measurement", "pcr0", "rim"])
