@@ -211,7 +211,7 @@ def verify_manifest(you: You, path: Path, *, at: datetime | None) -> None:
     from cloister.attestation.files import manifest
 
     entries = manifest.parse(read(path, "the manifest"))
-    chains = _chains(path.parent, entries)
+    chains = chains_of(path.parent, entries)
     wrong = 0
     results = []
     for entry in entries:
@@ -265,7 +265,7 @@ def _run(you: You, folder: Path, entry: Entry, chains: Mapping[str, bytes], at: 
         return "; ".join([error.message, *map(str, error.reasons)])
 
 
-def _chains(folder: Path, entries: Sequence[Entry]) -> dict[str, bytes]:
+def chains_of(folder: Path, entries: Sequence[Entry]) -> dict[str, bytes]:
     """Return the vendor chains that entries may name: roles of an entry whose files are chains, and `chain-<name>.pem`."""
     wanted = {entry.chain for entry in entries if entry.chain}
     found: dict[str, bytes] = {}

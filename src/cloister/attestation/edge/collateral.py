@@ -31,6 +31,8 @@ SOFT: Final = {
     "tpm": "tpm",
 }
 """Kind of evidence -> module of `attestation.soft` that makes its collateral."""
+_INSIDE: Final = {"azure-snp": "sev-snp", "azure-tdx": "tdx"}
+"""What a paravisor's evidence is built on."""
 
 
 def soft_collateral(now: datetime, *kinds: str) -> Endorsements:
@@ -46,7 +48,8 @@ def soft_collateral(now: datetime, *kinds: str) -> Endorsements:
     if now.tzinfo is None:
         raise ValueError("`now` has no time zone")
     day = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    return _soft(day, tuple(sorted(set(kinds) & SOFT.keys())) if kinds else tuple(SOFT))
+    wanted = {_INSIDE.get(kind, kind) for kind in kinds} & SOFT.keys()
+    return _soft(day, tuple(sorted(wanted)) if kinds else tuple(SOFT))
 
 
 @lru_cache(maxsize=16)
