@@ -148,6 +148,10 @@ def fetch(broker: BrokerClient, log_key: str, since_size: int, since_root: str) 
     return Copy(log_key, note, tuple(entries), since_size, since_root)
 
 
+NAMED = 8
+"""Entries on new machines that are printed."""
+
+
 @click.command("audit", short_help="Check the broker's log and your receipts, offline.")
 @click.argument("receipts", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--offline", "copy_file", type=click.Path(path_type=Path), help="Check a kept copy; no network.")
@@ -205,4 +209,9 @@ def command(you: You, receipts: tuple[Path, ...], copy_file: Path | None) -> Non
     if report.soft:
         verb = "rests" if report.soft == 1 else "rest"
         lines.append(f"  {count(report.soft, 'entry', 'entries')} {verb} on software evidence, which protects nothing")
+    lines += [f"  {one}" for one in report.new_machines[-NAMED:]]
+    if len(report.new_machines) > NAMED:
+        lines.append(
+            f"  {len(report.new_machines) - NAMED} more entries on machines not seen before: --json lists them"
+        )
     you.ui.result({**report.as_json(), "other_receipts": others, "copy": str(copy_file)}, "\n".join(lines))

@@ -136,3 +136,25 @@ def test_a_clock_that_goes_back_is_reported() -> None:
         time=NOW - timedelta(seconds=90), lease="l-1", evidence=release().evidence, tee="tdx", expires=NOW
     )
     assert audited([*STORY[:8], back]).clock_back_s == 90.0
+
+
+def test_keys_on_another_machine_than_before_are_named() -> None:
+    """A GPU that moved to another CPU is another machine, too."""
+    index = next(number for number, entry in enumerate(STORY) if isinstance(entry, leaves.Release))
+    first = STORY[index]
+    assert isinstance(first, leaves.Release)
+    home, away, mixed = ("ppid:0a", "ueid:1"), ("ppid:0b", "ueid:2"), ("ppid:0a", "ueid:2")
+
+    def again(number: int, machine: tuple[str, ...]) -> leaves.Release:
+        return dataclasses.replace(first, lease=f"l-again-{number}", machine=machine)
+
+    log: list[Leaf] = [*STORY[:index], dataclasses.replace(first, machine=home), again(1, home), again(2, away)]
+    log += [again(3, away), again(4, mixed), again(5, ())]
+    report = audited(log, of=log)
+    assert [(one.entry - index, one.machine) for one in report.new_machines] == [(2, away), (4, mixed), (5, ())]
+    assert report.as_json()["new_machines"][0]["machine"] == list(away)
+    assert "ppid:0b, ueid:2" in str(report.new_machines[0])
+    assert "no id" in str(report.new_machines[2])
+    # what was seen at the last audit is not told again
+    assert [one.entry for one in audited(log, of=log, remembered=index + 5).new_machines] == [index + 5]
+    assert [one.entry - index for one in audited(log, of=log, remembered=index + 3).new_machines] == [4, 5]

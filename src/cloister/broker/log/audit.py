@@ -13,7 +13,7 @@ Steps 2 to 5 need only bytes, so they run anywhere. Whether a release was right 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -31,11 +31,27 @@ from cloister.errors import Reason, TamperedError
 
 
 @dataclass(frozen=True, slots=True)
+class NewMachine:
+    """Keys went to a machine (a CPU with just these devices) that had none of this contract and phase before."""
+
+    entry: int
+    contract: str
+    phase: str
+    machine: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"entry {self.entry}: {self.phase} of {self.contract[:19]}… on a machine not seen there before: " + (
+            ", ".join(name if len(name) <= 60 else f"{name[:59]}…" for name in self.machine) or "one that shows no id"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a sound log says. `counts` has every kind, `new_counts` only entries after the remembered size.
 
     `soft` counts entries that rest on software evidence, which protects nothing. `clock_back_s` is the largest step
-    backwards between the times of two neighbours, in seconds.
+    backwards between the times of two neighbours, in seconds. `new_machines` are entries after the remembered size; the first
+    machine of a contract and phase is none.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +65,7 @@ class Report:
     first: datetime | None
     last: datetime | None
     clock_back_s: float
+    new_machines: tuple[NewMachine, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +82,10 @@ class Report:
             "first": leaves.format_time(self.first) if self.first else "",
             "last": leaves.format_time(self.last) if self.last else "",
             "clock_back_s": self.clock_back_s,
+            "new_machines": [
+                {"entry": one.entry, "contract": one.contract, "phase": one.phase, "machine": list(one.machine)}
+                for one in self.new_machines
+            ],
         }
 
 
@@ -168,7 +189,19 @@ def _report(
         first=parsed[0].time if parsed else None,
         last=parsed[-1].time if parsed else None,
         clock_back_s=max(0.0, *steps) if steps else 0.0,
+        new_machines=tuple(one for one in _new_machines(parsed) if one.entry >= since),
     )
+
+
+def _new_machines(parsed: Sequence[Leaf]) -> Iterator[NewMachine]:
+    seen: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+    for entry, leaf in enumerate(parsed):
+        if not isinstance(leaf, leaves.Release):
+            continue  # a renewal is on the machine of its release, or refused
+        known = seen.setdefault((leaf.contract, leaf.phase), set())
+        if known and leaf.machine not in known:
+            yield NewMachine(entry, leaf.contract, leaf.phase, leaf.machine)
+        known.add(leaf.machine)
 
 
 def _count(parsed: Sequence[Leaf]) -> Mapping[str, int]:
