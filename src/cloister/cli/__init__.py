@@ -27,6 +27,7 @@ VERBS: Final = {
     "seal": "Turn a folder into a sealed volume and hand its key to the broker.",
     "open": "Open a sealed volume that you own.",
     "measure": "Measure a script with its whole environment: one digest, readable.",
+    "reference": "Make, show and import signed reference values.",
     "contract": "Write, check, explain, compare and submit contracts.",
     "sign": "Sign a contract with your SSH key.",
     "run": "Run a phase of a contract: attest, unlock, confine, run, seal.",

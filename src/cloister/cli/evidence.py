@@ -70,33 +70,35 @@ def verify_files(
 ) -> None:
     """Verify one piece of evidence and print every step; raises `EvidenceError` unless all of it held."""
     from cloister.attestation.appraise import appraise
-    from cloister.attestation.files import Case, observe
-    from cloister.attestation.files.sniff import assemble
-    from cloister.attestation.roots import Roots
 
     time = at or now()
-    named = [(argument, read(Path(argument.partition("=")[2] or argument), "the evidence")) for argument in arguments]
-    own = _own(named[0][1]) if len(named) == 1 else None
-    if own is not None:
-        observed = _observe_own(own, collateral, time, you)
-    else:
-        named += [(str(path), read(path, "the collateral")) for path in collateral]
-        case = assemble(named)
-        observed = observe(
-            Case(
-                case.kind,
-                case.files,
-                time,
-                nonce=nonce,
-                chains=case.chains,
-                chain=case.chain,
-                roots=Roots(soft=you.soft),
-            )
-        )
+    observed = observe_files(you, arguments, at=time, collateral=collateral, nonce=nonce)
     reasons: tuple[Reason, ...] = ()
     if policy is not None and observed.claims is not None:
         reasons = appraise(observed.claims, policy, today=time.date())
     _tell(you, observed, reasons, time, policy)
+
+
+def observe_files(
+    you: You, arguments: Sequence[str], *, at: datetime, collateral: Sequence[Path], nonce: bytes | None
+) -> Observation:
+    """Return what came out of one piece of evidence in files: ours or a vendor's.
+
+    Raises:
+        InputError: a file cannot be read, or is nothing that is known.
+    """
+    from cloister.attestation.files import Case, observe
+    from cloister.attestation.files.sniff import assemble
+    from cloister.attestation.roots import Roots
+
+    named = [(argument, read(Path(argument.partition("=")[2] or argument), "the evidence")) for argument in arguments]
+    own = _own(named[0][1]) if len(named) == 1 else None
+    if own is not None:
+        return _observe_own(own, collateral, at, you)
+    named += [(str(path), read(path, "the collateral")) for path in collateral]
+    case = assemble(named)
+    roots = Roots(soft=you.soft)
+    return observe(Case(case.kind, case.files, at, nonce=nonce, chains=case.chains, chain=case.chain, roots=roots))
 
 
 def _own(data: bytes) -> Evidence | None:

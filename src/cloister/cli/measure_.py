@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -58,6 +58,12 @@ def workload_spec(
     "--env", "env", type=Pair("NAME=VALUE"), multiple=True, help="Environment variable that the program gets."
 )
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Write the measured workload to this file.")
+@click.option(
+    "--reference",
+    "document",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write signed reference values to this file, and their signature beside it (`cloister reference`).",
+)
 @click.option("--diff", "old", type=click.Path(path_type=Path), help="Show what differs from an earlier workload file.")
 @click.option("--software", is_flag=True, help="Also print the measurement of this Cloister installation.")
 @options
@@ -68,6 +74,7 @@ def command(
     python: Path | None,
     env: tuple[tuple[str, str], ...],
     target: Path | None,
+    document: Path | None,
     old: Path | None,
     software: bool,
 ) -> None:
@@ -80,6 +87,7 @@ def command(
     Examples:
       cloister measure train.py --python venv/bin/python --to trainer.workload -- --data /data/scans --out /out/detector
       cloister measure train.py --diff trainer.workload -- --data /data/scans --out /out/detector
+      cloister measure train.py --reference trainer.json -- --data /data/scans --out /out/detector
     """
     import time
 
@@ -91,7 +99,7 @@ def command(
     with you.ui.bar("measuring") as bar:
         workload = measure(spec, cache_dir=you.home / "measured", progress=bar.update)
     took = time.perf_counter() - begin
-    result = {"digest": workload.digest, "seconds": took}
+    result: dict[str, Any] = {"digest": workload.digest, "seconds": took}
     you.ui.say(render_inventory(inventory(workload)))
     you.ui.say(f"measured in {human_seconds(took)}")
     if earlier is not None:
@@ -102,6 +110,14 @@ def command(
             you.ui.say(f"  {line}")
     if target is not None:
         write_file(target, workload.to_bytes())
+    if document is not None:
+        from cloister.attestation.reference import Workload
+        from cloister.cli.reference_ import label, write
+
+        name = label(script.stem)
+        written, digest = write(you, document, name, None, 90, (), (Workload(name, workload.digest),))
+        result["reference"] = {"digest": digest, "serial": written.serial, "file": str(document)}
+        you.ui.say(f"signed reference values {name} {written.serial} in {document} and {document}.sig")
     if software:
         from cloister.attestation.edge.software import measure_package
 
