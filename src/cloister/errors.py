@@ -146,6 +146,7 @@ CODES: dict[str, str] = {
     "evidence-not-authentic": "The evidence parses, but the hardware vendor's chain or a signature does not hold.",
     "evidence-unacceptable": "The evidence is authentic, but the policy does not want this platform, firmware or code.",
     "evidence-stale": "The nonce in the evidence is unknown, used, or too old.",
+    "collateral-rolled-back": "Vendor collateral is older than what was used before; its numbers never go back.",
     "waiting": "Signatures are missing.",
     "tampered": "Stored bytes are not what was written.",
     "volume-tampered": "A sealed volume fails authentication: changed, truncated, or sealed under another key.",

@@ -1,5 +1,14 @@
 """Which machines is this collateral for? From a vendor's file to endorsements (subjects as in `endorsements`).
 
+    JSON with tcb_info              SGX, TDX: quote collateral of dcap-qvl, by kind and FMSPC
+    JSON with id and rim            NVIDIA: the answer of the RIM service, by its id
+    JSON with kty                   Arm CCA: a platform's public key, by its `kid`
+    XML                             NVIDIA: a manifest (RIM). A driver's says its id; a VBIOS's does not, so its file's name must
+    PEM, AMD                        SEV-SNP: ASK or ASVK, then ARK; or a VCEK or VLEK
+    DER or PEM revocation list      of AMD's ARK by product line; any other by its issuer's name, for TPMs
+    DER or PEM certificates, other  authorities of TPMs; NVIDIA's, which say whose OCSP responses count
+    DER OCSP response, or base64    NVIDIA, by serial number
+
 Only form is read here. A wrong subject makes collateral unfindable, never trusted: every verifier checks what it finds.
 """
 
@@ -10,36 +19,44 @@ import hashlib
 import re
 from typing import Any, Final
 
-from cryptography.x509 import ocsp
-
+from cloister.attestation.dcap import collateral as dcap
 from cloister.attestation.endorsements import Endorsement
 from cloister.attestation.pki import certificate as certificates
 from cloister.attestation.pki import crl as revocation
+from cloister.attestation.pki import ocsp
 from cloister.attestation.snp import format as snp_format
 from cloister.crypto.canonical import json_decode
 from cloister.errors import EvidenceError, Reason
 
 WHERE: Final = "collateral"
-_AMD: Final = re.compile(r"(?:SEV(?:-VLEK)?|ARK)-([A-Z][a-z]+)")
-_RIM_VERSION: Final = re.compile(rb'colloquialVersion="([0-9A-Za-z.]{3,32})"')
+LIMIT: Final = 4 * 1024 * 1024
+"""Largest file of a vendor, in bytes: revocation lists may grow; everything else has at most 20 kB."""
+_AMD: Final = re.compile(r"(?:SEV(?:-VLEK)?|ARK)-(Milan|Genoa|Turin)(?![A-Za-z])")
+_RIM_ID: Final = re.compile(r"NV_[A-Z0-9]{2,16}(?:_[A-Za-z0-9.]{1,32}){2,8}")
+_RIM_BOARD: Final = re.compile(r"[0-9A-Za-z]{4}_[0-9A-Za-z]{4}_[0-9A-Za-z]{3}_([0-9A-Fa-f]{10})")
+_RIM_META: Final = re.compile(rb"<(?:[A-Za-z0-9]+:)?Meta\b([^<>]{1,4096})>")
+_RIM_FIELD: Final = re.compile(rb'\b(product|colloquialVersion)="([0-9A-Za-z._-]{1,32})"')
+_KID: Final = re.compile(r"[0-9a-f]{2,132}")
 
 
-def recognise(data: bytes) -> tuple[Endorsement, ...]:
-    """Return what `data` endorses.
+def recognise(data: bytes, *, name: str = "") -> tuple[Endorsement, ...]:
+    """Return what `data` endorses. `name` is its file's, which counts only where the bytes do not say (a VBIOS's manifest).
 
     Raises:
         EvidenceError: `evidence-malformed`: collateral of no known form.
     """
-    head = data.lstrip()[:1]
-    if head == b"{":
+    if not 0 < len(data) <= LIMIT:
+        raise _malformed(f"{len(data)} bytes", f"1 to {LIMIT} bytes")
+    head = data[:4096].lstrip()
+    if head[:1] == b"{":
         return (_json(data),)
-    if head == b"<":
-        return (_rim(data),)
-    if b"-----BEGIN" in data[:4096]:
-        if b"-----BEGIN X509 CRL-----" in data[:4096]:
-            return (_crl(_unarmour(data, b"X509 CRL")),)
+    if head[:1] == b"<":
+        return (_rim(data, name),)
+    if b"-----BEGIN" in head:
+        if b"-----BEGIN X509 CRL-----" in head:
+            return (_crl(_unarmour(data)),)
         return _chain(data)
-    if head == b"0":
+    if data[:1] == b"\x30":
         return (_der(data),)
     try:
         return (_der(base64.b64decode(b"".join(data.split()), validate=True)),)
@@ -49,41 +66,40 @@ def recognise(data: bytes) -> tuple[Endorsement, ...]:
 
 def _json(data: bytes) -> Endorsement:
     try:
-        value: Any = json_decode(data, limit=1 << 20, canonical=False)
-        if isinstance(value, dict) and "kty" in value:
-            return Endorsement("cca", f"cpak/{value.get('kid', '')}", data)
-        info: Any = json_decode(value["tcb_info"].encode(), limit=1 << 20, canonical=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _malformed("JSON without tcb_info") from error
-    match info:
-        case {"id": "TDX" | "SGX" as tee, "fmspc": str(fmspc)} if re.fullmatch("[0-9A-Fa-f]{12}", fmspc):
-            return Endorsement(tee.lower(), fmspc.upper(), data)
-        case {"version": 2, "fmspc": str(fmspc)} if re.fullmatch("[0-9A-Fa-f]{12}", fmspc):
-            return Endorsement("sgx", fmspc.upper(), data)
-    raise _malformed("tcb_info without id and FMSPC")
+        value: Any = json_decode(data, limit=dcap.LIMIT, canonical=False)
+    except ValueError as error:
+        raise _malformed(f"JSON that does not parse: {error}"[:200]) from error
+    match value:
+        case {"kty": str(), "kid": str(kid)} if _KID.fullmatch(kid):
+            return Endorsement("cca", f"cpak/{kid}", data)
+        case {"id": str(rim), "rim": str(encoded)} if _RIM_ID.fullmatch(rim):
+            try:
+                return Endorsement("nvidia-gpu", rim, base64.b64decode(encoded, validate=True))
+            except ValueError as error:
+                raise _malformed("a manifest that is not base64") from error
+        case {"tcb_info": _}:
+            found = dcap.parse(data, where=WHERE)
+            return Endorsement(found.kind, found.fmspc, data)
+    raise _malformed("JSON of another shape")
 
 
 def _chain(data: bytes) -> tuple[Endorsement, ...]:
     chain = certificates.from_pem(data, where=WHERE)
-    first = chain[0]
-    product = _AMD.search(first.subject)
-    if product and first.authority and len(chain) >= 2:
-        leaf = "vlek" if "VLEK" in first.subject else "vcek"
+    product = _AMD.search(chain[0].subject)
+    if product and chain[0].authority and len(chain) == 2:
+        leaf = "vlek" if "VLEK" in chain[0].subject else "vcek"
         return (Endorsement("sev-snp", f"{product[1]}/{leaf}", data),)
     return tuple(_certificate(each) for each in chain)
 
 
 def _der(data: bytes) -> Endorsement:
-    for reader in (_der_certificate, _crl):
+    for reader in (_der_certificate, _crl, _ocsp):
         try:
             return reader(data)
-        except EvidenceError:
-            pass
-    try:
-        response = ocsp.load_der_ocsp_response(data)
-        return Endorsement("nvidia-gpu", f"ocsp/{response.serial_number:x}", data)
-    except ValueError as error:
-        raise _malformed("DER that is no certificate, revocation list or OCSP response") from error
+        except EvidenceError as error:
+            if error.reasons[0].where != f"{WHERE}.format":  # it is one, but of nothing that is known
+                raise
+    raise _malformed("DER that is no certificate, revocation list or OCSP response")
 
 
 def _der_certificate(data: bytes) -> Endorsement:
@@ -91,37 +107,58 @@ def _der_certificate(data: bytes) -> Endorsement:
 
 
 def _certificate(found: certificates.Certificate) -> Endorsement:
-    if "Advanced Micro Devices" in found.subject and not found.authority:
+    if not found.authority and snp_format.common_name(found) in ("SEV-VCEK", "SEV-VLEK"):
         return Endorsement("sev-snp", snp_format.leaf_subject(snp_format.leaf(found)), found.der)
-    return Endorsement("tpm", f"ca/{hashlib.sha256(found.der).hexdigest()}", found.der)
+    kind = "nvidia-gpu" if "NVIDIA" in found.subject.upper() else "tpm"
+    return Endorsement(kind, f"ca/{hashlib.sha256(found.der).hexdigest()}", found.der)
 
 
 def _crl(data: bytes) -> Endorsement:
     found = revocation.from_der(data, where=WHERE)
     product = _AMD.search(found.issuer_der.decode("latin-1"))
-    if product is None:
-        raise _malformed("a revocation list of no vendor that publishes one by itself")
-    return Endorsement("sev-snp", f"{product[1]}/crl", data)
+    if product is not None:
+        return Endorsement("sev-snp", f"{product[1]}/crl", data)
+    return Endorsement("tpm", f"crl/{hashlib.sha256(found.issuer_der).hexdigest()}", data)
 
 
-def _rim(data: bytes) -> Endorsement:
-    name = re.search(rb'name="([A-Za-z0-9_-]{2,64})"', data[:4096])
-    version = _RIM_VERSION.search(data[:4096])
-    if b"SoftwareIdentity" not in data[:4096] or name is None or version is None:
+def _ocsp(data: bytes) -> Endorsement:
+    found = ocsp.from_der_response(data, where=WHERE)
+    return Endorsement("nvidia-gpu", f"ocsp/{found.serial:x}", data)
+
+
+def _rim(data: bytes, name: str) -> Endorsement:
+    meta = _RIM_META.search(data[:8192])
+    fields = dict(_RIM_FIELD.findall(meta[1])) if meta else {}
+    if b"SoftwareIdentity" not in data[:4096] or set(fields) != {b"product", b"colloquialVersion"}:
         raise _malformed("XML that is no reference integrity manifest")
-    return Endorsement("nvidia-gpu", f"rim/{name[1].decode()}/{version[1].decode()}", data)
+    product, version = fields[b"product"].decode(), fields[b"colloquialVersion"].decode()
+    if version.count(".") < 4:  # 550.90.07; a VBIOS has five groups
+        family = "NV_GPU_DRIVER" if product == "GH100" else "NV_GPU_CC_DRIVER"
+        return Endorsement("nvidia-gpu", f"{family}_{product}_{version}", data)
+    compact = version.replace(".", "").upper()
+    named, board = _RIM_ID.search(name), _RIM_BOARD.search(name)
+    if named is not None and named[0].upper().removesuffix(".XML").endswith(compact):
+        return Endorsement("nvidia-gpu", named[0][: named[0].upper().rindex(compact)] + compact, data)
+    if board is not None and board[1].upper() == compact:
+        return Endorsement("nvidia-gpu", f"NV_GPU_VBIOS_{board[0][: -len(compact)]}{compact}", data)
+    raise _malformed(
+        f"a manifest of VBIOS {version}, which does not say for which board",
+        "a file named by its RIM id",
+        f"call the file NV_GPU_VBIOS_<project>_<project SKU>_<chip SKU>_{compact}.xml, or let `collateral fetch` get it",
+    )
 
 
-def _unarmour(data: bytes, label: bytes) -> bytes:
-    found = re.search(rb"-----BEGIN " + label + rb"-----([A-Za-z0-9+/=\s]+)-----END " + label + rb"-----", data)
+def _unarmour(data: bytes) -> bytes:
+    found = re.search(rb"-----BEGIN X509 CRL-----([A-Za-z0-9+/=\s]+)-----END X509 CRL-----", data)
     try:
         return base64.b64decode(b"".join(found[1].split()), validate=True) if found else b""
     except ValueError as error:
         raise _malformed(str(error)) from error
 
 
-def _malformed(found: str) -> EvidenceError:
-    wanted = "collateral of Intel, AMD, NVIDIA, Arm or a TPM vendor"
+def _malformed(
+    found: str, wanted: str = "collateral of Intel, AMD, NVIDIA, Arm or a TPM vendor", hint: str = ""
+) -> EvidenceError:
     return EvidenceError(
-        "the collateral does not parse", code="evidence-malformed", reasons=[Reason(WHERE, found, wanted)]
+        "the collateral does not parse", code="evidence-malformed", reasons=[Reason(WHERE, found, wanted, hint)]
     )

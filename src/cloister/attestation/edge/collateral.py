@@ -1,7 +1,7 @@
-"""Where endorsements come from: a file that the user names, or a generator for the test root. Nothing is fetched.
+"""Where endorsements come from: files, snapshots and stores that the user names, or a generator for the test root.
 
-Real collateral is public and signed; any PCCS or `dcap-qvl` client can write it to a file. It ages: after `nextUpdate`
-(30 days) every quote under it is refused, so the file must be renewed.
+Nothing is fetched here (`edge/fetch.py` does). Real collateral is public and signed; any PCCS or `dcap-qvl` client can write it to
+a file. It ages: after `nextUpdate` (30 days) every quote under it is refused, so the file must be renewed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from cloister.attestation.collateral.read import recognise
+from cloister.attestation.collateral.snapshot import FILE_LIMIT, decode, looks_like_one, unseal
 from cloister.attestation.dcap import collateral as dcap_collateral
+from cloister.attestation.edge.store import INDEX, Store, read_file
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.errors import EvidenceError, InputError
-
-FILE_LIMIT: Final = 4 * 1024 * 1024
-
 
 SOFT: Final = {
     "cca": "cca",
@@ -83,22 +81,48 @@ def load_collateral(path: Path) -> Endorsements:
 
 
 def load_all(paths: Sequence[Path]) -> Endorsements:
-    """Return the collateral in `paths`, files of vendors in any form that `collateral.read` knows; later ones count.
+    """Return the collateral in `paths`; later ones count. Each is a file of a vendor, a snapshot, or the folder of a store.
+
+    The signature of a snapshot is not asked for here: whoever names a file has chosen it, and the vendors' signatures decide. Where
+    a snapshot may change what is used from then on (`Store.import_`), its signer counts.
 
     Raises:
         InputError: a file cannot be read, is too large, or is no collateral.
+        TamperedError, MachineError: a store is damaged, or cannot be read.
     """
     found = Endorsements()
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                data = file.read(FILE_LIMIT + 1)
-        except OSError as error:
-            raise InputError(f"the collateral file {path} cannot be read: {error.strerror}") from error
-        if len(data) > FILE_LIMIT:
-            raise InputError(f"the collateral file {path} has more than {FILE_LIMIT} bytes")
-        try:
-            found = found | Endorsements(recognise(data))
-        except EvidenceError as error:
-            raise InputError(f"the file {path} holds no collateral", reasons=error.reasons) from error
+        found = found | _load(path)
     return found
+
+
+def _load(path: Path) -> Endorsements:
+    if path.is_dir():
+        if not Store.is_one(path):
+            raise InputError(f"the folder {path} is no store of collateral", hint="`cloister collateral` makes one")
+        return Store(path).endorsements()
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            data = head + file.read(FILE_LIMIT + 1) if looks_like_one(head) else b""
+    except OSError as error:
+        raise InputError(f"the collateral file {path} cannot be read: {error.strerror}") from error
+    if not data:
+        return Endorsements(read_file(path))
+    try:
+        return decode(unseal(data)[0]).endorsements
+    except EvidenceError as error:
+        raise InputError(f"the file {path} holds no snapshot of collateral", reasons=error.reasons) from error
+
+
+def signature_of(paths: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
+    """Return what changes when something in `paths` changes: one `stat` for each. A path that is gone is a change, too."""
+    found: list[tuple[int, ...]] = []
+    for path in paths:
+        try:
+            status = (path / INDEX if path.is_dir() else path).stat()
+        except OSError:
+            found.append((0,))
+        else:
+            found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
