@@ -311,8 +311,10 @@ def test_a_type_that_a_host_policy_names_is_judged() -> None:
     policy = Policy("p", "attested-host", frozenset({"azure-snp"}), boot=frozenset({"sha256:a"}))
     assert rules(host, policy) == ["p.accept"]
     assert rules(host, replace(policy, accept=frozenset({"tpm"}))) == []
-    assert rules(host, replace(policy, accept=frozenset(), min_svn={"tpm": {"x": 1}})) == ["p.min_svn.x"]
-    assert rules(host, replace(policy, accept=frozenset(), platform_allow=frozenset())) == ["p.platforms.allow"]
+    assert rules(host, replace(policy, accept=frozenset())) == ["p.accept"], "an empty list accepts nothing"
+    tpm = replace(policy, accept=frozenset({"tpm"}))
+    assert rules(host, replace(tpm, min_svn={"tpm": {"x": 1}})) == ["p.min_svn.x"]
+    assert rules(host, replace(tpm, platform_allow=frozenset())) == ["p.platforms.allow"]
 
 
 def test_a_reason_names_a_few_of_many_accepted_values() -> None:
@@ -364,11 +366,11 @@ def test_a_reference_value_with_an_empty_list_accepts_nothing() -> None:
 
 def test_attested_host_is_judged_by_its_boot_state() -> None:
     host = Claims(kind="attested-host", tee="tpm", debug=False, boot="sha256:a")
-    policy = Policy("place.gpu-host", "attested-host", boot=frozenset({"sha256:a"}))
+    policy = Policy("place.gpu-host", "attested-host", frozenset({"tpm"}), boot=frozenset({"sha256:a"}))
     assert rules(host, policy) == []
     assert rules(replace(host, boot="sha256:b"), policy) == ["place.gpu-host.boot"]
     assert rules(replace(host, boot=None), policy) == ["place.gpu-host.boot"]
-    assert rules(host, Policy("place.gpu-host", "attested-host")) == ["place.gpu-host.boot"]
+    assert rules(host, Policy("place.gpu-host", "attested-host")) == ["place.gpu-host.accept", "place.gpu-host.boot"]
     assert rules(replace(host, debug=True), policy) == ["place.gpu-host.debug"]
     assert "place.gpu-host.kind" in rules(GOOD, policy)
 

@@ -331,7 +331,7 @@ def test_a_soft_device_marks_the_result() -> None:
 
 def test_the_memory_of_an_attested_host_is_open_to_its_operator() -> None:
     host = replace(real_claims(), kind="attested-host", tee="tpm", boot="sha256:a")
-    policy = replace(REAL_POLICY, kind="attested-host", accept=frozenset(), boot=frozenset({"sha256:a"}))
+    policy = replace(REAL_POLICY, kind="attested-host", accept=frozenset({"tpm"}), boot=frozenset({"sha256:a"}))
     result = judged(host, policy, binding())
     assert (result.status, result.vector["runtime-opaque"]) == ("warning", ear.WARNING)
 

@@ -67,9 +67,11 @@ def cedar_text(contract: Contract) -> str:
                 when.append('context.gpu == "confidential"')
         else:
             assert isinstance(place, HostPlace)
+            hardware = frozenset(place.accept) - {"simulated"}
+            soft = "true" if "simulated" in place.accept else "false"
             when += [
                 'context.kind == "attested-host"',
-                "!context.soft",
+                f"(if context.soft then {soft} else {a_set(hardware)}.contains(context.tee))",
                 f"{a_set(place.boot)}.contains(context.boot)",
             ]
             if isinstance(place.files, SignedBy):

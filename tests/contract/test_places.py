@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cloister.attestation.appraise import appraise
 from cloister.attestation.types import IDENTITIES, BootEvent, Claims, LogRule, Policy
 from cloister.contract import Contract, Request, State, compile_place, decide, parse
 from cloister.contract.analyse import explain, lint, place_text
@@ -236,3 +237,30 @@ def test_a_contract_can_name_every_id_that_evidence_shows() -> None:
     assert named == set(IDENTITIES)
     assert set(re.findall(r"[a-z][a-z_]+(?=[|):])", PLATFORM)) == set(IDENTITIES)
     assert not re.fullmatch(PLATFORM, "sgx_type:1")
+
+
+def test_a_host_accepts_a_soft_tpm_by_its_word_only() -> None:
+    boot = "sha256:" + "ab" * 32
+    claims = Claims(kind="attested-host", tee="soft-tpm", debug=False, boot=boot)
+    real = Claims(kind="attested-host", tee="tpm", debug=False, boot=boot)
+    for text, soft_ok, real_ok in (
+        ("", False, True),
+        ('accept = ["tpm"]\n', False, True),
+        ('accept = ["simulated"]\n', True, False),
+        ('accept = ["tpm", "simulated"]\n', True, True),
+    ):
+        place = f'[place.host]\nkind = "attested-host"\nboot = ["{boot}"]\n{text}'
+        policy = compile_place(parse(place.encode(), name="place.toml", places_only=True), "host")
+        assert (appraise(claims, policy) == (), appraise(real, policy) == ()) == (soft_ok, real_ok), text
+
+
+def test_a_place_alone_is_a_policy_and_nothing_that_anybody_can_sign() -> None:
+    text = '[place.enclave]\nkind = "tee"\naccept = ["tdx"]\n'
+    with pytest.raises(InputError):
+        parse(text.encode(), name="place.toml")
+    contract = parse(text.encode(), name="place.toml", places_only=True)
+    assert contract.expires.year == 9999
+    assert set(contract.party) == {"verifier"}
+    for bad in ("", "[place]\n", text + "[code]\n", text.replace("tee", "tea"), "place = 1\n"):
+        with pytest.raises(InputError):
+            parse(bad.encode(), name="place.toml", places_only=True)

@@ -18,7 +18,7 @@ Absence refuses everywhere: a number, switch, measurement, id or date that the c
 an empty set of accepted values accepts nothing, software without a rule is no software, and `max_tcb_age` needs `today`.
 
 Place kinds differ in what they have: `tee` has no rule 8 unless the policy lists boot values; `attested-host` has boot
-values instead of a TCB, needs no TEE type, and refuses soft evidence without `simulated` like every place; of `he` only kind
+values instead of a TCB, and refuses soft evidence without `simulated` like every place; of `he` only kind
 and scheme are judged, because it holds no key and no hardware is trusted.
 
 Hardware whose vendor publishes no TCB levels (`NOT_RATED`: SEV-SNP, Nitro, CCA) has no TCB date. `min_tcb` refuses it, unless
@@ -89,7 +89,7 @@ def appraise(claims: Claims, policy: Policy, *, today: date | None = None) -> tu
     if claims.kind != policy.kind:
         refuse("kind", claims.kind, policy.kind)
     elif policy.kind == "attested-host" and claims.soft and SIMULATED not in policy.accept:
-        # a host needs no list of types, and still software is let in by its word only
+        # software is let in by its word only
         refuse("kind", _type(claims), "hardware", _SOFT)
 
     if on_hardware:
@@ -148,8 +148,8 @@ def _type(claims: Claims) -> str:
 def _tee_type(claims: Claims, policy: Policy, refuse: _Refuse) -> None:
     # (3) soft and real never stand for each other, whatever the list says
     hardware = policy.accept - {SIMULATED}
-    if policy.kind == "attested-host" and (claims.soft or not hardware):
-        return  # its kind was judged in (2), and no type is named
+    if policy.kind == "attested-host" and claims.soft:
+        return  # judged in (2)
     accepted = SIMULATED in policy.accept if claims.soft else claims.tee in hardware
     if not accepted or not claims.tee:
         refuse("accept", _type(claims) or "no TEE", _list(policy.accept), _SOFT if claims.soft else "")

@@ -213,6 +213,8 @@ def place_text(contract: Contract, name: str) -> str:
         case HostPlace():
             states = "1 boot state" if len(place.boot) == 1 else f"one of {len(place.boot)} boot states"
             says = [f"a host whose measured OS is trusted, {states}"]
+            if "simulated" in place.accept:
+                says.append("a soft TPM too" if "tpm" in place.accept else "a soft TPM")
             if place.files is not None:
                 says.append(f"files {place.files}")
             says += _machines(place.platforms)
@@ -326,9 +328,10 @@ def _host_readers(
     if isinstance(place, HostPlace):
         who = f"whoever controls the measured OS of {place_name}"
         yield Reader(asset, path, "host", who, "in full")
-    if isinstance(place, TeePlace) and "simulated" in place.accept:
+    if isinstance(place, TeePlace | HostPlace) and "simulated" in place.accept:
         who = f"whoever runs a machine as {place_name}"
-        yield Reader(asset, path, "host", who, "in full, because a soft TEE protects nothing")
+        what = "TEE" if isinstance(place, TeePlace) else "TPM"
+        yield Reader(asset, path, "host", who, f"in full, because a soft {what} protects nothing")
     if place.debug:
         yield Reader(asset, path, "host", f"whoever debugs {place_name}", "in full")
 
@@ -429,6 +432,8 @@ def _lint_places(contract: Contract) -> Iterator[Note]:
             if "simulated" in place.accept:
                 yield Note(f"{here}.accept", "simulated: a soft TEE protects nothing", warning=True)
             yield from _lint_tcb(here, place)
+        if isinstance(place, HostPlace) and "simulated" in place.accept:
+            yield Note(f"{here}.accept", "simulated: a soft TPM protects nothing", warning=True)
         if isinstance(place, HostPlace) and place.files is None:
             yield Note(f"{here}.files", "not set: the boot state alone says what the host may run")
 

@@ -179,7 +179,7 @@ def _place(
     if reference_values:
         policy = replace(policy, reference_values=_both(policy.reference_values, reference_values))
     found = appraise(request.claims, policy, today=request.today)
-    # an attested-host place has no `accept` list, so nothing there can name `simulated`
+    # an he place has no `accept` list, so nothing there can name `simulated`
     if policy.kind == "he" and request.claims.soft:
         reasons.append(Reason(f"{policy.where}.kind", request.claims.tee, "hardware: soft evidence protects nothing"))
     reasons.extend(found)
@@ -247,6 +247,7 @@ def compile_place(contract: Contract, place: str) -> Policy:
             policy = Policy(
                 where,
                 kind="attested-host",
+                accept=frozenset(host.accept),
                 boot=frozenset(host.boot),
                 debug=host.debug,
                 reference_values=_file_rule(contract, host),

@@ -452,6 +452,8 @@ class HostPlace(Table):
     """A host whose measured operating system is trusted (TPM and IMA)."""
 
     kind: Literal["attested-host"]
+    accept: Annotated[tuple[Literal["tpm", "simulated"], ...], *_SOME] = ("tpm",)
+    """`tpm`, and `simulated` for a soft TPM, which protects nothing."""
     boot: Annotated[tuple[Digest, ...], *_SOME]
     """Accepted boot states."""
     files: Files | None = None
