@@ -186,10 +186,26 @@ def test_a_weaker_method_is_not_a_choice_of_the_document() -> None:
     unsigned(changed("http://www.w3.org/2001/04/xmldsig-more#sha384", "http://www.w3.org/2000/09/xmldsig#sha1"))
 
 
-def test_another_key_in_key_info_is_refused() -> None:
-    x, y = base64.b64encode(bytes(48)).decode(), ""
-    value = f'<ds:KeyValue><ECKeyValue xmlns="http://www.w3.org/2009/xmldsig11#"><NamedCurve URI="urn:oid:1.3.132.0.34"/><PublicKey>{x}{y}</PublicKey></ECKeyValue></ds:KeyValue>'
-    unsigned(changed("<ds:KeyInfo>", f"<ds:KeyInfo>{value}"))
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<ds:KeyName>theirs</ds:KeyName>",
+        (
+            '<ds:KeyValue><d:ECKeyValue xmlns:d="http://www.w3.org/2009/xmldsig11#"><d:NamedCurve URI="urn:oid:1.3.132.0.34"/>'
+            "<d:PublicKey>BAAA</d:PublicKey></d:ECKeyValue></ds:KeyValue>"
+        ),
+        # a curve that signxml does not know: a KeyError of its own
+        (
+            '<ds:KeyValue><d:ECKeyValue xmlns:d="http://www.w3.org/2009/xmldsig11#"><d:NamedCurve URI="urn:oid:9.9"/>'
+            "<d:PublicKey>BAAA</d:PublicKey></d:ECKeyValue></ds:KeyValue>"
+        ),
+        '<d:DEREncodedKeyValue xmlns:d="http://www.w3.org/2009/xmldsig11#"/>',
+    ],
+)
+def test_another_form_of_key_in_key_info_is_refused(value: str) -> None:
+    """KeyInfo is not signed: whoever carries a genuine manifest can write there."""
+    malformed(changed("</ds:X509Data>", f"</ds:X509Data>{value}"))
+    malformed(changed("<ds:KeyInfo>", f"<ds:KeyInfo>{value}"))
 
 
 # --- XML signature wrapping -------------------------------------------------------------------------------------------

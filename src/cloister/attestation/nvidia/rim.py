@@ -14,7 +14,8 @@ Rules of `read`, which does not know the time (`check` does):
   1 size       at most `LIMIT` bytes of UTF-8
   2 form       no DTD, so no entities; no network, no huge trees; the root is SoftwareIdentity
   3 one        exactly one Signature in the whole document, a child of the root, with exactly one Reference, to the whole
-               document (URI=""), by the transforms enveloped-signature and Canonical XML 1.1 only
+               document (URI=""), by the transforms enveloped-signature and Canonical XML 1.1 only; its KeyInfo, which nothing
+               signs, holds certificates and no other form of a key
   4 signature  signxml verifies it with the first certificate's key; digests and signatures of SHA-384 or SHA-512
   5 only that  measurements are read from the bytes that signxml returns as signed, never from the document
 An attacker who moves signed content into another place of a document (XML signature wrapping) fails at 3 and has nothing to gain
@@ -181,6 +182,10 @@ def _one_signature(root: _Element, where: str) -> tuple[Certificate, ...]:
     transforms = [each.get("Algorithm") for each in signature.iter(f"{{{DSIG}}}Transform")]
     if transforms != [ENVELOPED, C14N_11]:
         raise _FormError(f"transforms {transforms[:4]}", "enveloped-signature, then Canonical XML 1.1")
+    # no signature covers KeyInfo, so anybody could put another form of the key there for signxml to read
+    keys = [each.tag for info in signature.iter(f"{{{DSIG}}}KeyInfo") for each in info.iterdescendants(tag="*")]
+    if not set(keys) <= {f"{{{DSIG}}}X509Data", f"{{{DSIG}}}X509Certificate"}:
+        raise _FormError(f"KeyInfo with {', '.join(sorted(set(keys)))[:200]}", "certificates and nothing else")
     encoded = signature.findall(f"{{{DSIG}}}KeyInfo/{{{DSIG}}}X509Data/{{{DSIG}}}X509Certificate")
     if not 0 < len(encoded) <= CERTIFICATES:
         raise _FormError(f"{len(encoded)} certificates", f"1 to {CERTIFICATES}")
@@ -211,8 +216,16 @@ def _signed(root: _Element, signer: Certificate, etree: Any) -> tuple[_Element |
     try:
         certificate = x509.load_der_x509_certificate(signer.der)
         result: Any = XMLVerifier().verify(root, x509_cert=certificate, expect_config=expect)
-    except (SignXMLException, etree.LxmlError, UnsupportedAlgorithm, ValueError, TypeError, AttributeError) as error:
-        # the last three: signxml's own reading of base64, of algorithms and of absent elements
+    except (
+        SignXMLException,
+        etree.LxmlError,
+        UnsupportedAlgorithm,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:
+        # the last four: signxml's own reading of base64, of algorithms, of absent elements and of names of curves
         return None, (str(error) or type(error).__name__)[:200]
     signed = result.signed_xml
     if signed is None or signed.tag != root.tag:
