@@ -6,9 +6,10 @@ Order of a start, so that nothing answers before it can be checked:
   2 ledger     the state folder is ours alone and is what its signed log says                     MachineError, TamperedError
   3 TLS        a fresh key and certificate, in memory
   4 measure    `cloister/config/1` is extended into the runtime register
-  5 own test   this broker's own evidence verifies under the roots it accepts                     EvidenceError
-  6 epoch      the start is a log entry
-  7 listen     broker.json says where; then the ready line
+  5 collateral what vendors say is not older than what was used here before                       EvidenceError
+  6 own test   this broker's own evidence verifies under the roots it accepts                     EvidenceError
+  7 epoch      the start is a log entry
+  8 listen     broker.json says where; then the ready line
 SIGTERM and SIGINT: requests in flight are answered, the ledger is closed, exit status 0.
 """
 
@@ -34,7 +35,7 @@ import uvloop
 
 from cloister.attestation.binding import Binding, check_binding
 from cloister.attestation.edge.attester import Attester, attest, find_attester
-from cloister.attestation.edge.collateral import load_collateral, soft_collateral
+from cloister.attestation.edge.collateral import soft_collateral
 from cloister.attestation.edge.sealing import Sealer, SoftSealer
 from cloister.attestation.edge.software import measure_package
 from cloister.attestation.endorsements import Endorsements
@@ -43,6 +44,7 @@ from cloister.attestation.evidence import encode as encode_evidence
 from cloister.attestation.roots import Roots
 from cloister.attestation.verify import verify
 from cloister.broker import service, wire
+from cloister.broker.collateral import Collateral
 from cloister.broker.decide import Trusted
 from cloister.broker.kbs.service import Kbs
 from cloister.broker.keeper import Keeper
@@ -65,8 +67,8 @@ class Config:
     """What an operator decides; all of it that matters is measured (`wire.BrokerConfig`).
 
     `node_measurements` are accepted launch measurements of nodes (`mrtd`, `mrenclave`, `measurement`, `pcr0`, ...); None means nodes that run this same package (which only a
-    soft TEE can show). `allow_soft` admits soft TEEs as nodes. `collateral` are files with vendor collateral. `kbs` opens
-    the door for clients of Trustee's KBS protocol (docs/kbs.md).
+    soft TEE can show). `allow_soft` admits soft TEEs as nodes. `collateral` are files with vendor collateral, snapshots or stores
+    (broker/collateral.py). `kbs` opens the door for clients of Trustee's KBS protocol (docs/kbs.md).
     """
 
     origin: str = "cloister.local/broker"
@@ -124,7 +126,8 @@ def serve(
             kbs=config.kbs,
         )
         tee.extend(CONFIG, measured.encode())
-        files = _collateral(config.collateral)
+        vendors = Collateral(config.collateral, ledger, roots, now=now, say=say)
+        files = vendors.at(now)
         if soft or files.items:
             _own_test(tee, keys.hpke.public, identity.spki, files, config.roots, now)
         else:
@@ -141,6 +144,7 @@ def serve(
         ).result()
 
         def trusted(at: datetime) -> Trusted:
+            files = vendors.at(at)
             endorsements = files | soft_collateral(at) if config.allow_soft else files
             return Trusted(roots, endorsements, measurements)
 
@@ -231,13 +235,6 @@ def _own_test(
     reasons = check_binding(claims, binding.over(evidence.devices))
     if reasons:
         raise EvidenceError("this broker's own evidence is not bound", code="evidence-unacceptable", reasons=reasons)
-
-
-def _collateral(files: tuple[Path, ...]) -> Endorsements:
-    endorsements = Endorsements()
-    for path in files:
-        endorsements = endorsements | load_collateral(path)
-    return endorsements
 
 
 def _listen(host: str, port: int) -> socket.socket:

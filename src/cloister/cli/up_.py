@@ -21,7 +21,10 @@ from cloister.cli.common import SOFT_NOTE, Pair, You, measurements, options, roo
     "--node", "nodes", multiple=True, help="Accepted launch measurement of nodes, hex.  [default: this software's own]"
 )
 @click.option(
-    "--collateral", type=click.Path(path_type=Path), multiple=True, help="Vendor collateral (JSON) for real hardware."
+    "--collateral",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Vendor collateral: a file, a snapshot, or a store's folder. New content is noticed without a restart.",
 )
 @click.option(
     "--root",

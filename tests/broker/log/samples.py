@@ -130,6 +130,9 @@ def story() -> list[Leaf]:
             asset="detector",
             hpke_key=digest(b"k4"),
         ),
+        leaves.CollateralMarks(
+            time=later, marks=(leaves.Mark("tcb/TDX/50806F000000/0123", 18), leaves.Mark("crl/45", 7))
+        ),
         leaves.LeaseLost(time=later, lease="l-1", reasons=(REASON,)),
         leaves.ContractRevoked(time=later, contract=CONTRACT, name="xray", party=HOSPITAL, signature=digest(b"s3")),
     ]

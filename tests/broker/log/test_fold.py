@@ -87,6 +87,9 @@ CONTRADICTIONS: dict[str, tuple[list[Leaf], Leaf]] = {
     "answer without a contract": ([], change("answer")),
     "denial id twice": (until("root-registered"), change("denial")),
     "refusal under the id of a denial": (until("answer-refused"), change("answer-refused", id="d-0123456789ab")),
+    "mark that stays": (STORY, change("collateral-marks")),
+    "mark that goes back": (STORY, change("collateral-marks", marks=(leaves.Mark("crl/45", 6),))),
+    "mark twice": ([], change("collateral-marks", marks=(leaves.Mark("crl/45", 6), leaves.Mark("crl/45", 7)))),
     "key opened that is not kept": (until("root-registered"), change("key-opened")),
 }
 

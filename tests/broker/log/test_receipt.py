@@ -61,7 +61,7 @@ def test_a_third_party_verifies_with_the_lines_of_the_page(
         ((b'"v":1', b'"v":1'), str(OTHER.verifier), "not signed"),
         ((b'"index":2', b'"index":3'), str(LOG.verifier), "not in the log"),
         ((b'"version":1', b'"version":2'), str(LOG.verifier), "not in the log"),
-        ((b'"size":16', b'"size":17'), str(LOG.verifier), "not in the log"),
+        ((b'"size":17', b'"size":18'), str(LOG.verifier), "not in the log"),
     ],
 )
 def test_the_lines_of_the_page_refuse(

@@ -90,3 +90,4 @@ def live(ledger: Ledger) -> None:
         now=NOW,
         contract=CONTRACT,
     ).result(30)
+    ledger.raise_marks({"crl/45": 7}, now=NOW).result(30)

@@ -14,6 +14,7 @@ An entry that contradicts the ones before it is refused before anything changes:
   lease-*           the lease exists and was not lost
   root-registered   the lease may write the asset; `previous` is the current version; the volume is nobody's yet
   answer            `used` is the sum so far and this count
+  collateral-marks  every number is above the one before, and no mark is named twice
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cloister.broker.log.checkpoint import tampered
 from cloister.broker.log.leaf import (
     Answer,
     AnswerRefused,
+    CollateralMarks,
     ContractActive,
     ContractRevoked,
     ContractSigned,
@@ -190,6 +192,17 @@ class WitnessRow(Row):
     entry: int
 
 
+@dataclass(frozen=True, slots=True)
+class MarkRow(Row):
+    """How far a vendor's number is that never goes back; `mark` is its name."""
+
+    TABLE: ClassVar[str] = "collateral_marks"
+    KEY: ClassVar[tuple[str, ...]] = ("mark",)
+    mark: str
+    number: int
+    entry: int
+
+
 ROWS: Final[tuple[type[Row], ...]] = (
     ContractRow,
     SignatureRow,
@@ -200,6 +213,7 @@ ROWS: Final[tuple[type[Row], ...]] = (
     DenialRow,
     EpochRow,
     WitnessRow,
+    MarkRow,
 )
 
 
@@ -329,6 +343,8 @@ def _rows_of(fold: Fold, leaf: Leaf, entry: int) -> tuple[Row, ...]:
             if fold.get(DenialRow, leaf.id) is not None:
                 raise _contradicts(leaf, leaf.id, "an id that was not used before")
             return (DenialRow(leaf.id, entry),)
+        case CollateralMarks():
+            return _raised(fold, leaf, entry)
         case _:
             raise TypeError(f"{type(leaf).__name__} is no kind of log entry")
 
@@ -426,3 +442,13 @@ def _answered(fold: Fold, leaf: Answer, entry: int) -> tuple[Row, ...]:
         raise _contradicts(leaf, f"{leaf.used} used", f"{sums.used + leaf.count}")
     day = max(today.isoformat(), before.day) if before else today.isoformat()
     return (AnswerCountRow(leaf.contract, leaf.phase, leaf.party, leaf.used, day, sums.used_today + leaf.count, entry),)
+
+
+def _raised(fold: Fold, leaf: CollateralMarks, entry: int) -> tuple[Row, ...]:
+    if len({each.mark for each in leaf.marks}) != len(leaf.marks):
+        raise _contradicts(leaf, "a mark twice", "each mark once")
+    for each in leaf.marks:
+        before = fold.get(MarkRow, each.mark)
+        if before is not None and each.number <= before.number:
+            raise _contradicts(leaf, f"{each.mark} {each.number}", f"a number above {before.number}")
+    return tuple(MarkRow(each.mark, each.number, entry) for each in leaf.marks)

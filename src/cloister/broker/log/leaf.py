@@ -27,6 +27,8 @@ from cloister.errors import Reason
 MAX_BYTES: Final = 192 * 1024
 """Largest entry: a denial with 32 clipped reasons of 4 texts, 300 characters each, 4 bytes a character, stays below."""
 MAX_REASONS: Final = 32
+MAX_MARKS: Final = 256
+"""Numbers of vendors in one entry."""
 MAX_TEXT: Final = 300
 """Characters kept of each text of a reason: reasons quote what others sent."""
 
@@ -98,6 +100,15 @@ def _is_asset(value: object) -> bool:
         and value.keys() == {"asset", "volume"}
         and _WORD(value["asset"])
         and _DIGEST(value["volume"])
+    )
+
+
+def _is_mark(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"mark", "number"}
+        and _WORD(value["mark"])
+        and _COUNTER(value["number"])
     )
 
 
@@ -179,6 +190,17 @@ def _assets() -> Any:
     )
 
 
+def _marks() -> Any:
+    return _coded(
+        _Codec(
+            _list_of(_is_mark, MAX_MARKS),
+            "a list of {mark, number}",
+            lambda value: [{"mark": item.mark, "number": str(item.number)} for item in value],
+            lambda value: tuple(Mark(item["mark"], int(item["number"])) for item in value),
+        )
+    )
+
+
 def _reasons() -> Any:
     return _coded(
         _Codec(
@@ -196,6 +218,14 @@ class AssetRef:
 
     asset: str
     volume: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A number of a vendor that never goes back: its name (`attestation.collateral.marks`) and how far it is."""
+
+    mark: str
+    number: int
 
 
 def clip_text(text: str) -> str:
@@ -457,6 +487,14 @@ class KeyOpened(Leaf):
     hpke_key: str = _digest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollateralMarks(Leaf):
+    """Genuine collateral of vendors with these numbers is in use: from here on nothing below them is."""
+
+    KIND: ClassVar[str] = "collateral-marks"
+    marks: tuple[Mark, ...] = _marks()
+
+
 KINDS: Final[Mapping[str, type[Leaf]]] = MappingProxyType(
     {
         cls.KIND: cls
@@ -476,6 +514,7 @@ KINDS: Final[Mapping[str, type[Leaf]]] = MappingProxyType(
             Answer,
             AnswerRefused,
             KeyOpened,
+            CollateralMarks,
         )
     }
 )

@@ -43,6 +43,7 @@ from cloister.broker.log.fold import (
     Key,
     KeyRow,
     LeaseRow,
+    MarkRow,
     RootRow,
     Row,
     SignatureRow,
@@ -491,6 +492,10 @@ class Ledger:
             return None
         return row.entry, cast("leaves.Denial | leaves.AnswerRefused", self.leaf(row.entry))
 
+    def collateral_marks(self) -> dict[str, int]:
+        """Return the vendors' numbers that never go back, by name."""
+        return {row.mark: row.number for row in self._all(MarkRow)}
+
     @property
     def epoch(self) -> int:
         """How often a broker began on this log."""
@@ -540,6 +545,26 @@ class Ledger:
                     tls_key=tls_key,
                 )
             )
+
+        return self._submit(decide)
+
+    def raise_marks(self, found: Mapping[str, int], *, now: datetime) -> Pending[Appended]:
+        """Log the numbers of `found` that are above their marks; if none is, give the latest such entry again (`new` False).
+
+        Raises:
+            ValueError: `found` is empty, has more than `leaf.MAX_MARKS`, or a name or number that no entry holds.
+        """
+        if not 0 < len(found) <= leaves.MAX_MARKS:
+            raise ValueError(f"{len(found)} marks, 1 to {leaves.MAX_MARKS} fit one entry")
+        leaves.CollateralMarks(time=now, marks=tuple(leaves.Mark(*each) for each in found.items()))  # well-formed?
+
+        def decide(fold: Fold) -> _Entry | _Existing:
+            rows = {name: fold.get(MarkRow, name) for name in found}
+            higher = {name: found[name] for name, row in rows.items() if row is None or row.number < found[name]}
+            if not higher:
+                return _Existing(max(row.entry for row in rows.values() if row is not None))
+            marks = tuple(leaves.Mark(name, higher[name]) for name in sorted(higher))
+            return _Entry(leaves.CollateralMarks(time=now, marks=marks))
 
         return self._submit(decide)
 

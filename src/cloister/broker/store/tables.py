@@ -3,7 +3,8 @@
     log_entries      entry | body                      the entries, canonical JSON
     log_head         origin | log_key | checkpoint | sealed_seed     one row: who the log is and its last signed head
     kept_secrets     name | sealed                     secrets of the broker that are not in the log (TLS key and so on)
-    contracts, signatures, deposited_keys, asset_roots, leases, answer_counts, denials, epochs, witnesses
+    contracts, signatures, deposited_keys, asset_roots, leases, answer_counts, denials, epochs, witnesses,
+    collateral_marks
                      columns = the fields of the row type in `cloister.broker.log.fold`, plus its payload column
 
 Columns are derived from the row types, so a table cannot say anything that the fold does not.
