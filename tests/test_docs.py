@@ -13,12 +13,14 @@ from xml.etree import ElementTree
 import pytest
 
 import cloister.errors
+from cloister.attestation import evidence
 from cloister.broker.wire import Message
-from cloister.cli import VERBS
+from cloister.cli import VERBS, main
 from cloister.confine.probe import probe
 from cloister.errors import CODES, CloisterError
 from cloister.serve import wire as serve_wire
 from cloister.serve.answer import AnswerForm, Rules, encode
+from cloister.testkit import softtee
 from tests import guide, pages
 from tests.broker.test_docs import table
 
@@ -313,6 +315,24 @@ def test_readme_shows_a_whole_run() -> None:
     assert shown is not None
     for words in ("bit-identical model", "refused, as it must be", "0 found", "it protects nothing", "└"):
         assert words in shown[0]
+
+
+def test_what_verify_says_in_the_readme_is_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = re.search(
+        r"<!-- verify: .*? -->\n```console\n\$ cloister (.*?)\n(.*?)```", (HERE / "README.md").read_text(), re.S
+    )
+    assert shown is not None
+    machine = softtee.SoftPlatform(status="OutOfDate").run(softtee.workload())
+    (tmp_path / "evidence.cbor").write_bytes(evidence.encode(machine.evidence(softtee.binding())))
+    (tmp_path / "mine.toml").write_text('[place.enclave]\nkind = "tee"\naccept = ["simulated"]\nmin_tcb = "2026-08"\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(shown[1].split()) == 4
+    printed = capsys.readouterr().out.splitlines()
+    lines = shown[2].splitlines()
+    assert len(lines) == 5
+    assert [line for line in printed if line in lines] == lines
 
 
 # --- the guide --------------------------------------------------------------------------------------------------------

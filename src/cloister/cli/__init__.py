@@ -38,7 +38,7 @@ VERBS: Final = {
     "why": "Explain a denial.",
     "audit": "Check the broker's log and your receipts, offline.",
     "witness": "Co-sign the log's checkpoints so that it cannot be rolled back or forked.",
-    "verify": "Check a sealed volume or a receipt.",
+    "verify": "Check hardware evidence, a sealed volume or a receipt.",
 }
 
 
