@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloister.attestation.pki import asn1
 from cloister.attestation.pki import certificate as certificates
 from cloister.attestation.pki import crl as revocation
 from cloister.attestation.pki.path import check_path, describe
@@ -206,10 +207,7 @@ def test_serial_0_is_read_the_same_when_the_library_refuses_it(monkeypatch: pyte
     ordinary = Ca("root", KEYS[0]).der()
     usual = certificates.from_der(der, where="t")
 
-    def refuse(_: bytes) -> x509.Certificate:
-        raise ValueError("serial number 0 is not allowed")
-
-    monkeypatch.setattr(certificates, "_load", refuse)
+    monkeypatch.setattr(certificates, "_load", _positive)
     plain = certificates.from_der(der, where="t")
     assert plain == usual
     for name in (
@@ -227,7 +225,7 @@ def test_serial_0_is_read_the_same_when_the_library_refuses_it(monkeypatch: pyte
         assert getattr(plain, name) == getattr(usual, name), name
     assert plain.verify_issued_by(issuer)
     assert not plain.verify_issued_by(other)
-    assert refusal(certificates.from_der, ordinary, where="t").code == "evidence-malformed", "only serial 0"
+    assert certificates.from_der(ordinary, where="t").serial == 7
 
 
 @pytest.mark.parametrize("name", ["vcek-trustee-milan.der", "vcek-google-milan.der", "vlek-trustee-aws.der"])
@@ -239,15 +237,66 @@ def test_real_serial_0_certificates_agree(name: str, monkeypatch: pytest.MonkeyP
     usual = certificates.from_der(der, where="t")
     pem = (path.parent / ("chain-milan_vlek.pem" if "vlek" in name else "chain-milan.pem")).read_bytes()
     issuers = certificates.from_pem(pem, where="t")
-    monkeypatch.setattr(certificates, "_load", _never)
+    monkeypatch.setattr(certificates, "_load", _positive)
     plain = certificates.from_der(der, where="t")
     assert (plain, plain.extensions, plain.spki) == (usual, usual.extensions, usual.spki)
     assert plain.verify_issued_by(issuers[0])
     assert not plain.verify_issued_by(issuers[1])
 
 
-def _never(_: bytes) -> x509.Certificate:
-    raise ValueError("refused")
+def _positive(data: bytes) -> x509.Certificate:
+    found = x509.load_der_x509_certificate(data)
+    if found.serial_number == 0:
+        raise ValueError("serial number 0 is not allowed")
+    return found
+
+
+RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    "form", ["long length", "indefinite length", "a fourth element", "other parameters", "unused bits"]
+)
+def test_one_certificate_has_one_form(form: str, zero: bool) -> None:
+    """What nobody signs around the signed part must not give the same certificate other bytes, with serial 0 as without."""
+    der = _serial_0(KEYS[2], KEYS[1]) if zero else Ca("leaf", RSA, hash=hashes.SHA256()).der()
+    made = asn1_x509.Certificate.load(der)
+    body, algorithm, value = (
+        made[each].dump() for each in ("tbs_certificate", "signature_algorithm", "signature_value")
+    )
+    if form == "other parameters":  # ECDSA has none to begin with
+        change, rest = (2, algorithm[2:] + b"\x05\x00") if zero else (-2, algorithm[2:-2])
+        algorithm = b"\x30" + bytes([algorithm[1] + change]) + rest
+    if form == "unused bits":
+        at = 2 + (value[1] & 0x7F if value[1] & 0x80 else 0)
+        value = value[:at] + b"\x01" + value[at + 1 :]
+    inner = body + algorithm + value + (b"\x05\x00" if form == "a fourth element" else b"")
+    size = len(inner).to_bytes(2, "big")
+    other = {
+        "long length": b"\x30\x83\x00" + size + inner,
+        "indefinite length": b"\x30\x80" + inner + b"\x00\x00",
+    }.get(form, b"\x30\x82" + size + inner)
+    assert certificates.from_der(der, where="t").serial == (0 if zero else 7)
+    assert refusal(certificates.from_der, other, where="t").code == "evidence-malformed"
+
+
+X400 = bytes.fromhex("3004a3020500")
+"""GeneralNames with an x400Address: `cryptography` raises UnsupportedGeneralNameType for it, which is no ValueError."""
+
+
+@pytest.mark.parametrize("oid", ["2.5.29.17", "2.5.29.18"])
+def test_a_name_that_the_library_does_not_support_is_malformed(oid: str) -> None:
+    extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), X400)
+    der = Ca("leaf", KEYS[0], extra=((extension, False),)).der()
+    assert refusal(certificates.from_der, der, where="t").code == "evidence-malformed"
+    if oid == "2.5.29.18":  # lists have it too
+        assert refusal(crl, extra=extension).code == "evidence-malformed"
+
+
+def test_a_name_of_an_odd_type_is_left_out() -> None:
+    odd = bytes.fromhex("3110300e06035504030707") + b"leafing"  # commonName as ObjectDescriptor
+    assert asn1.name(b"\x30" + bytes([len(odd)]) + odd) == ()
 
 
 # Bytes ---------------------------------------------------------------------------------------------------------
@@ -301,6 +350,8 @@ def crl(*serials: int, **change: Any) -> revocation.RevocationList:
         .next_update(values["end"])
         .add_extension(x509.CRLNumber(values["number"]), critical=False)
     )
+    if values.get("extra"):
+        builder = builder.add_extension(values["extra"], critical=False)
     if values.get("delta"):
         builder = builder.add_extension(x509.DeltaCRLIndicator(1), critical=True)
     for serial in serials:

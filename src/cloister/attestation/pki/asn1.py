@@ -41,7 +41,8 @@ def name(value: bytes) -> tuple[tuple[str, str], ...]:
     found = []
     for relative in _Name.load(value, strict=True):
         for pair in relative:
-            text = pair["value"].native
+            # types such as ObjectDescriptor have no `native`
+            text = getattr(pair["value"], "native", None)
             if isinstance(text, str):
                 found.append((pair["type"].dotted, text))
     return tuple(found)

@@ -1,8 +1,8 @@
 """X.509 certificates as a frozen type, from DER or PEM. Form only; `path` decides what they prove.
 
 `cryptography` announced that it will refuse certificates with serial number 0, which every AMD VCEK and VLEK has. Where it
-refuses one, the certificate is read with asn1crypto and checked with the same primitives (`_Plain`); both ways are tested
-to agree.
+refuses one, it reads the same bytes with another serial number (`_with_serial_0`), and the signature is checked over the
+bytes as they are; both ways are tested to agree.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cloister.errors import EvidenceError, Reason
 
@@ -30,11 +30,6 @@ PEM_LIMIT: Final = 128 * 1024
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 _PEM: Final = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
-_HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
-    "sha256": hashes.SHA256(),
-    "sha384": hashes.SHA384(),
-    "sha512": hashes.SHA512(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +70,12 @@ def from_der(data: bytes, *, where: str) -> Certificate:
         raise _malformed(where, f"{len(data)} bytes", f"a DER certificate of at most {LIMIT} bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # serial 0; `_plain` is there for the day on which it raises
+            warnings.simplefilter("ignore")  # serial 0; `_with_serial_0` is there for the day on which it raises
             return _with_cryptography(_load(data))
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion) as error:
+    except Exception as error:  # noqa: BLE001  # the library does not say all that it raises: UnsupportedGeneralNameType is no ValueError
         try:
-            return _plain(data)
-        except (ValueError, TypeError, KeyError, UnsupportedAlgorithm):
+            return _with_serial_0(data)
+        except Exception:  # noqa: BLE001
             raise _malformed(where, str(error)[:200] or "bytes", "one DER certificate") from error
 
 
@@ -112,10 +107,15 @@ def _load(data: bytes) -> x509.Certificate:
     return x509.load_der_x509_certificate(data)
 
 
-def _with_cryptography(loaded: x509.Certificate) -> Certificate:
-    der = loaded.public_bytes(Encoding.DER)
+def _with_cryptography(loaded: x509.Certificate, serial_0: bytes | None = None) -> Certificate:
+    """Take `loaded` apart; `serial_0` are the bytes that it was before its serial number, 0, was replaced."""
+    der, body, serial = loaded.public_bytes(Encoding.DER), loaded.tbs_certificate_bytes, loaded.serial_number
     if der[-1 - len(loaded.signature)] != 0:  # nothing signs that byte, so one certificate would have two forms
         raise ValueError("unused bits in the signature")
+    if _algorithms_differ(der, body):
+        raise ValueError("two signature algorithms")
+    if serial_0 is not None:
+        der, body, serial = serial_0, serial_0[_inside(der, 0) :][: len(body)], 0
     key = loaded.public_key()
     if not isinstance(key, (ec.EllipticCurvePublicKey, rsa.RSAPublicKey)):
         raise TypeError(f"a public key of type {type(key).__name__}")
@@ -142,14 +142,14 @@ def _with_cryptography(loaded: x509.Certificate) -> Certificate:
             hash_, parameters = loaded.signature_hash_algorithm, loaded.signature_algorithm_parameters
         except (UnsupportedAlgorithm, ValueError, TypeError):
             return False  # an algorithm that nobody here knows proves nothing
-        return check_signature(issuer.key, loaded.signature, loaded.tbs_certificate_bytes, hash_, parameters)
+        return check_signature(issuer.key, loaded.signature, body, hash_, parameters)
 
     return Certificate(
         der=der,
         subject=loaded.subject.rfc4514_string(),
         subject_der=loaded.subject.public_bytes(),
         issuer_der=loaded.issuer.public_bytes(),
-        serial=loaded.serial_number,
+        serial=serial,
         not_before=loaded.not_valid_before_utc,
         not_after=loaded.not_valid_after_utc,
         key=key,
@@ -162,64 +162,34 @@ def _with_cryptography(loaded: x509.Certificate) -> Certificate:
     )
 
 
-def _plain(data: bytes) -> Certificate:
-    """The same from asn1crypto; only for certificates with serial 0, which `cryptography` may refuse."""
-    # here, because only certificates that `cryptography` refuses need it
-    from asn1crypto import x509 as asn1_x509
+_SERIAL_0: Final = bytes.fromhex("a003020102020100")
+"""What a v3 certificate with serial number 0 has first in its TBSCertificate (RFC 5280, 4.1)."""
 
-    loaded = asn1_x509.Certificate.load(data, strict=True)
-    body = loaded["tbs_certificate"]
-    serial = body["serial_number"].native
-    if serial != 0:
-        raise ValueError("only a certificate with serial 0 is read this way")
-    key = load_der_public_key(body["subject_public_key_info"].dump())
-    if not isinstance(key, (ec.EllipticCurvePublicKey, rsa.RSAPublicKey)):
-        raise TypeError(f"a public key of type {type(key).__name__}")
-    values = {entry["extn_id"].dotted: entry["extn_value"].contents for entry in body["extensions"]}
-    if len(values) != len(body["extensions"]):
-        raise ValueError("an extension is there twice")
-    constraints, usage = loaded.basic_constraints_value, loaded.key_usage_value
-    authority = bool(constraints and constraints["ca"].native)
-    length = constraints["path_len_constraint"].native if constraints is not None else None
-    allows = usage is None or "key_cert_sign" in usage.native
-    algorithm = loaded["signature_algorithm"]
-    # nobody signs this one, so it must be what is signed (RFC 5280, 4.1.1.2)
-    if algorithm.dump() != body["signature"].dump():
-        raise ValueError("two signature algorithms")
-    name = algorithm.signature_algo
-    hash_name = algorithm.hash_algo
-    parameters: Any = padding.PKCS1v15()
-    if name == "rsassa_pss":
-        # the salt of AMD's certificates is as long as the hash; any other length is refused by the check itself
-        salt = algorithm["parameters"]["salt_length"].native
-        parameters = padding.PSS(mgf=padding.MGF1(_HASHES[hash_name]), salt_length=salt)
-    elif name == "ecdsa":
-        parameters = ec.ECDSA(_HASHES[hash_name])
-    elif name != "rsassa_pkcs1v15":
-        raise ValueError(f"signature algorithm {name}")
 
-    # asn1crypto parses late: now, while its exceptions are caught
-    signature, body_der, hash_ = loaded.signature, body.dump(), _HASHES[hash_name]
+def _with_serial_0(data: bytes) -> Certificate:
+    """The same for a certificate that the library may refuse: with another serial number it must take the very same bytes.
 
-    def signed(issuer: Certificate) -> bool:
-        return check_signature(issuer.key, signature, body_der, hash_, parameters)
+    No second parser: one that is more lenient would read what the first refuses, and somebody would find a use for that.
+    """
+    at = _inside(data, _inside(data, 0))
+    if data[at : at + 8] != _SERIAL_0:
+        raise ValueError("not a certificate with serial 0")
+    return _with_cryptography(_load(data[: at + 7] + b"\x01" + data[at + 8 :]), data)
 
-    return Certificate(
-        der=data,
-        subject=loaded.subject.human_friendly,
-        subject_der=loaded.subject.dump(),
-        issuer_der=loaded.issuer.dump(),
-        serial=serial,
-        not_before=loaded.not_valid_before.astimezone(UTC),
-        not_after=loaded.not_valid_after.astimezone(UTC),
-        key=key,
-        spki=key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
-        authority=authority and allows,
-        path_length=length,
-        extensions=values,
-        critical=frozenset(entry["extn_id"].dotted for entry in body["extensions"] if entry["critical"].native),
-        _signed=signed,
-    )
+
+def _inside(data: bytes, at: int) -> int:
+    """Return where the contents of the DER element at `at` begin."""
+    return at + 2 + (data[at + 1] & 0x7F if data[at + 1] & 0x80 else 0)
+
+
+def _algorithms_differ(der: bytes, body: bytes) -> bool:
+    # the outer one is what is used, and nobody signs it (RFC 5280, 4.1.1.2)
+    outer = der.partition(body)[2]
+    size = 2 + outer[1] if outer[:1] == b"\x30" and outer[1] < 0x80 else 0
+    at = _inside(body, 0)
+    at += 5 if body[at] == 0xA0 else 0
+    at += 2 + body[at + 1]
+    return size == 0 or body[at : at + size] != outer[:size]
 
 
 def check_signature(key: PublicKey, signature: bytes, signed: bytes, hash_: Any, parameters: Any) -> bool:

@@ -24,8 +24,6 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, Literal
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -90,7 +88,9 @@ def from_der_response(data: bytes, *, where: str) -> Response:
         raise _malformed(where, f"{len(data)} bytes", f"a DER OCSP response of at most {LIMIT} bytes")
     try:
         return _read(bytes(data), where)
-    except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except EvidenceError:
+        raise
+    except Exception as error:  # the library does not say all that it raises, see `certificate.from_der`
         raise _malformed(where, str(error)[:200] or "bytes", "one DER OCSP response") from error
 
 
