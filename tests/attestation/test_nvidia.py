@@ -520,6 +520,21 @@ def test_a_replayed_gpu_report_is_refused() -> None:
     assert "binding.devices.0" in [reason.where for reason in check_binding(claims, bound)]
 
 
+def test_one_gpu_that_answers_twice_is_not_two_gpus() -> None:
+    """A GPU signs as often as it is asked, with a nonce of its own each time: the reports differ, the device does not."""
+    evidence, endorsements, bound = _machine()
+    nonce = bound.for_devices().qualifying_data()
+    again = soft.evidence(GPU, nonce, quote=soft.report(GPU, nonce, responder_nonce=b"\x01" * 32))
+    other = soft.evidence(soft.gpu("another"), nonce)
+    endorsements |= soft.endorsements(ISSUED, (GPU, soft.gpu("another")))
+    first = evidence.devices[0]
+    both = verify_any(replace(evidence, devices=(first, other)), endorsements, SOFT_ROOTS, now=NOW)
+    assert [device.gpu for device in both.devices] == ["confidential"] * 2
+    for twins in ((first, first), (first, again), (first, other, again)):
+        error = refusal(verify_any, replace(evidence, devices=twins), endorsements, SOFT_ROOTS, now=NOW)
+        assert (error.code, faults(error)) == ("evidence-not-authentic", [f"evidence.devices.{len(twins) - 1}"])
+
+
 def test_a_switch_does_not_make_a_machine_confidential() -> None:
     evidence, endorsements, bound = _machine(soft.gpu(arch="LS10"))
     claims = verify_any(evidence, endorsements, SOFT_ROOTS, now=NOW)

@@ -84,6 +84,8 @@ def steps_of(evidence: Evidence) -> dict[str, str]:
 
 DEVICES: Final = frozenset({"nvidia-gpu", "tpm"})
 """Kinds of evidence that may stand in `Evidence.devices`."""
+ONLY: Final = ("device_key", "ak")
+"""Names in `Claims.platform` that two devices of one machine never share."""
 
 
 def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims:
@@ -105,9 +107,26 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
                 reasons=[Reason(f"evidence.devices.{index}", repr(device.kind), " or ".join(sorted(DEVICES)))],
             )
         devices.append(replace(_verify(device, endorsements, roots, now=now), kind="device"))
+    _refuse_twins(devices)
     gpus = [device.gpu for device in devices if device.tee.endswith("nvidia-gpu")]
     confidential = bool(gpus) and all(each == "confidential" for each in gpus)  # one open GPU opens the machine
     return replace(claims, devices=tuple(devices), gpu="confidential" if confidential else "none")
+
+
+def _refuse_twins(devices: list[Claims]) -> None:
+    """Refuse one device that stands there as two: each answers the same nonce as often as it is asked."""
+    seen: dict[tuple[str, str, str], int] = {}
+    for index, device in enumerate(devices):
+        for name in ONLY:
+            if name in device.platform:
+                first = seen.setdefault((device.tee, name, device.platform[name]), index)
+                if first != index:
+                    found = f"the same device as evidence.devices.{first}: {name} {device.platform[name]}"
+                    raise EvidenceError(
+                        "one device is there twice",
+                        code="evidence-not-authentic",
+                        reasons=[Reason(f"evidence.devices.{index}", found[:300], "each device once")],
+                    )
 
 
 def _verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims:
