@@ -203,11 +203,34 @@ def test_hardware_without_tcb_dates_needs_a_floor_instead() -> None:
     assert rules(snp, replace(policy, min_svn={"tdx": {"snp": 1}})) == ["p.min_tcb"]  # somebody else's floor
     assert rules(snp, replace(policy, min_svn={"sev-snp": {"snp": 22}})) == []
     assert rules(snp, replace(policy, min_svn={"sev-snp": {"snp": 23}})) == ["p.min_svn.snp"]
-    assert rules(snp, replace(policy, min_svn={"sev-snp": {"ucode": 1}})) == ["p.min_svn.ucode"]
+    assert rules(snp, replace(policy, min_svn={"sev-snp": {"ucode": 1}})) == ["p.min_tcb", "p.min_svn.ucode"]
     # a vendor with dates is not excused by a floor, and an age is not met by a number
     assert "p.min_tcb" in rules(replace(snp, tcb_status="UpToDate"), replace(policy, min_svn={"sev-snp": {"snp": 1}}))
     aged = replace(policy, min_svn={"sev-snp": {"snp": 1}}, max_tcb_age=timedelta(days=9999))
     assert rules(snp, aged) == ["p.max_tcb_age"]
+
+
+@pytest.mark.parametrize("floor", [{"snp": 0}, {"guest_svn": 1}, {"reset_count": 0}, {"guest_svn": 1, "microcode": 0}])
+@pytest.mark.parametrize("tee", ["sev-snp", "azure-snp", "soft-sev-snp"])
+def test_a_floor_that_says_nothing_about_firmware_stands_for_no_date(tee: str, floor: dict[str, int]) -> None:
+    """`min_tcb` would look strict and let the oldest firmware in."""
+    svns = MappingProxyType({"snp": 0, "microcode": 0, "guest_svn": 9, "reset_count": 9})
+    old = Claims(kind="tee", tee=tee, debug=False, tcb_status="NotRated", svns=svns)
+    policy = Policy("p", "tee", frozenset({tee, "simulated"}), min_tcb=(2026, 8))
+    kind = tee.removeprefix("soft-")
+    assert rules(old, replace(policy, min_svn={kind: floor})) == ["p.min_tcb"]
+    assert rules(old, replace(policy, min_svn={kind: floor | {"snp": 1}})) == ["p.min_svn.snp"]
+
+
+def test_a_device_that_is_left_out_meets_no_rule_for_it() -> None:
+    policy = Policy("p", "tee", frozenset({"tdx"}), require={"tpm": {"safe": True}}, min_svn={"tpm": {"firmware": 2}})
+    good = replace(TPM, attributes=MappingProxyType({"safe": True}), svns=MappingProxyType({"firmware": 2}))
+    assert rules(replace(GOOD, devices=(good,)), policy) == []
+    assert rules(replace(GOOD, devices=()), policy) == ["p.min_svn", "p.require"]
+    assert rules(replace(GOOD, devices=(GPU,)), policy) == ["p.min_svn", "p.require"]
+    gpus = replace(policy, require={"nvidia-gpu": {"devtools": False}}, min_svn={})
+    assert rules(replace(GOOD, devices=()), gpus) == ["p.require"]
+    assert rules(replace(GOOD, devices=()), replace(gpus, gpu="confidential")) == ["p.gpu"]
 
 
 def test_an_age_needs_a_day() -> None:

@@ -140,6 +140,7 @@ FAULTS = [
     (XRAY, TCB, 'max_tcb_age = "72h"', "place.enclave.max_tcb_age", "a number of days"),
     (XRAY, TCB, 'max_tcb_age = "0d"', "place.enclave.max_tcb_age", "a number of days"),
     (XRAY, TCB, 'deny_advisories = ["intel-sa-1"]', "place.enclave.deny_advisories.0", "an advisory"),
+    (XRAY, TCB, 'deny_advisories = ["AMD-SB-3019"]', "place.enclave.deny_advisories.0", "other vendors' evidence names none"),
     (XRAY, TCB, "min_svn = { sevsnp = { snp = 22 } }", "place.enclave.min_svn.sevsnp", "did you mean 'sev-snp'?"),
     (XRAY, TCB, "min_svn = { nitro = { x = 22 } }", "place.enclave.min_svn.nitro", "a type that this place accepts"),
     (XRAY, TCB, "min_svn = { nvidia-gpu = { x = 1 } }", "place.enclave.min_svn.nvidia-gpu", "a type that this place accepts"),

@@ -22,11 +22,13 @@ values instead of a TCB, and refuses soft evidence without `simulated` like ever
 and scheme are judged, because it holds no key and no hardware is trusted.
 
 Hardware whose vendor publishes no TCB levels (`NOT_RATED`: SEV-SNP, Nitro, CCA) has no TCB date. `min_tcb` refuses it, unless
-`min_svn` sets a floor for its type: then the numbers stand for the date, because the vendor's bulletins name numbers. Without
-either nothing would say that the firmware is new enough. `max_tcb_age` is never met by it: a number does not age.
+`min_svn` sets a floor above 0 for a number of its firmware (`types.FIRMWARE`): then the numbers stand for the date, because the
+vendor's bulletins name numbers. Without either nothing would say that the firmware is new enough. `max_tcb_age` is never met by
+it: a number does not age. Nor does its vendor name advisories, so `deny_advisories` says nothing about it.
 
-Rules 1, 4 (`tcb_status`, `min_svn`, `deny_advisories`), 5 and the deny list hold for devices too. `tcb_status` takes
-`NOT_RATED` of every device: GPUs and TPMs have no other word. A soft device makes everything soft.
+Rules 1, 4 (`tcb_status`, `min_svn`, `deny_advisories`), 5 and the deny list hold for devices too. `min_svn` or `require` for a kind
+of device refuses evidence without one. `tcb_status` takes `NOT_RATED` of every device: GPUs and TPMs have no other word. A soft
+device makes everything soft.
 
 Authenticity (signatures, chains, revocation, time) is `verify`'s job, freshness and identity are `check_binding`'s.
 
@@ -39,7 +41,7 @@ from collections.abc import Iterator, Mapping
 from datetime import date, datetime
 from typing import Final, Protocol
 
-from cloister.attestation.types import IDENTITIES, NOT_RATED, Claims, LogRule, Policy, Software, base
+from cloister.attestation.types import FIRMWARE, IDENTITIES, NOT_RATED, Claims, LogRule, Policy, Software, base
 from cloister.errors import Reason
 
 SIMULATED: Final = "simulated"
@@ -47,6 +49,9 @@ SIMULATED: Final = "simulated"
 
 GPU: Final = "nvidia-gpu"
 """TEE type of a device that computes; switches and TPMs are devices, too."""
+
+DEVICES: Final = frozenset({GPU, "tpm"})
+"""TEE types of devices that a policy can have rules for: a rule for one of them wants such a device."""
 
 _UPDATE: Final = "update the platform's firmware and microcode, then attest again"
 _SOFT: Final = "software evidence protects nothing: use real hardware"
@@ -100,6 +105,7 @@ def appraise(claims: Claims, policy: Policy, *, today: date | None = None) -> tu
         _require("", claims, policy, refuse)
         for name, device in devices:
             _require(f"{name}.", device, policy, refuse)
+        _absent(claims, policy, refuse)
         _platforms(claims, policy, devices, refuse)
         _gpus(claims, policy, devices, refuse)
         _boot(claims, policy, refuse)
@@ -168,9 +174,9 @@ def _tcb(claims: Claims, policy: Policy, today: date | None, refuse: _Refuse) ->
                 refuse("min_tcb", f"firmware of {claims.tcb_date:%Y-%m}", wanted, _UPDATE)
         elif claims.tcb_status != NOT_RATED:
             refuse("min_tcb", "no TCB date", wanted, _UPDATE)
-        elif not floors:
+        elif not any(least > 0 and name in FIRMWARE.get(base(claims.tee), ()) for name, least in floors.items()):
             hint = f"its vendor publishes no TCB dates: set min_svn for {base(claims.tee) or 'it'}"
-            refuse("min_tcb", "no TCB date, and no floor for its numbers", wanted, hint)
+            refuse("min_tcb", "no TCB date, and no floor above 0 for a number of its firmware", wanted, hint)
     if policy.max_tcb_age is not None:
         wanted = f"a TCB level at most {policy.max_tcb_age.days} days old"
         if claims.tcb_date is None:
@@ -213,6 +219,16 @@ def _require(at: str, claims: Claims, policy: Policy, refuse: _Refuse) -> None:
         if found is not wanted[name]:
             said = "no such switch" if found is None else f"{name} is {_on(found)}"
             refuse(f"{at}require.{name}", said, f"{name} {_on(wanted[name])}", "set up the machine or its guest anew")
+
+
+def _absent(claims: Claims, policy: Policy, refuse: _Refuse) -> None:
+    # (4) (5) a device that is left out of the evidence meets no rule for it; of a GPU that is wanted, rule 7 says so
+    there = {base(one.tee) for one in (claims, *claims.devices)} | ({GPU} if policy.gpu == "confidential" else set())
+    for rule, rules in (("min_svn", policy.min_svn), ("require", policy.require)):
+        for tee in sorted(DEVICES):
+            if rules.get(tee) and tee not in there:
+                wanted = f"evidence of {tee}, which {rule} has rules for"
+                refuse(rule, f"no evidence of {tee}", wanted, "the evidence of the device is missing")
 
 
 def _platforms(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims], ...], refuse: _Refuse) -> None:

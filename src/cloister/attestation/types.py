@@ -42,6 +42,13 @@ IDENTITIES: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 always have it; an empty set: some machines of that vendor have it."""
 
 
+FIRMWARE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
+    dict.fromkeys(("sev-snp", "azure-snp"), frozenset({"bootloader", "tee", "snp", "microcode", "fmc", "abi"}))
+)
+"""TEE type without TCB dates -> the names in `Claims.svns` that its vendor raises with firmware. The others (`guest_svn`, a
+reset count) are the guest's own or count something else, and say nothing about the age of firmware."""
+
+
 def base(tee: str) -> str:
     """Return the kind of hardware that `tee` is or plays: `tdx` for `soft-tdx`."""
     return tee.removeprefix("soft-")

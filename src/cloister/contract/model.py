@@ -29,7 +29,8 @@ DURATION: Final = r"^(0|[1-9][0-9]{0,8})(ms|s|min|h|d)$"
 HEX: Final = r"^([0-9a-f]{2}){1,64}$"
 WORD: Final = r"^[a-z][a-z0-9_.-]{0,39}$"
 LABEL: Final = r"^[a-z0-9][a-z0-9._-]{0,39}$"
-ADVISORY: Final = r"^[A-Z][A-Z0-9]*(-[A-Z0-9]+)+$"
+ADVISORY: Final = r"^(INTEL|SOFT)(-[A-Z0-9]+)+$"
+"""Only Intel's collateral (and the soft twin's) names advisories. A rule about another vendor's would never meet any."""
 AGE: Final = r"^[1-9][0-9]{0,3}d$"
 _GPU_ID: Final = r"(ueid|udid|device_key):[0-9a-f]{1,128}"
 PLATFORM: Final = (
@@ -283,8 +284,13 @@ Word = Annotated[
 ]
 Advisory = Annotated[
     str,
-    BeforeValidator(_pattern(ADVISORY, 'the id of an advisory such as "INTEL-SA-00837"')),
-    _text_schema(ADVISORY, "id of a vendor's advisory"),
+    BeforeValidator(
+        _pattern(
+            ADVISORY,
+            'the id of an advisory of Intel such as "INTEL-SA-00837"; other vendors\' evidence names none: set min_svn',
+        )
+    ),
+    _text_schema(ADVISORY, "id of an advisory of Intel"),
 ]
 Age = Annotated[timedelta, BeforeValidator(_age), _text_schema(AGE, 'a number of days, such as "180d"')]
 PlatformId = Annotated[
