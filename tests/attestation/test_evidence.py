@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from cloister.attestation.types import Event, Evidence
 from cloister.crypto.canonical import cbor_encode
 from cloister.errors import EvidenceError
 from cloister.testkit.softtee import SoftPlatform, workload
-from tests.attestation.helpers import value_or_malformed
+from tests.attestation.helpers import refusal, value_or_malformed
 
 _EVENTS = st.builds(
     Event,
@@ -134,3 +136,25 @@ def test_evidence_that_no_verifier_would_take_is_not_sent() -> None:
         wire.encode(Evidence("tdx", b""))
     with pytest.raises(ValueError, match="at most"):
         wire.encode(Evidence("tdx", b"q", parts={"a": bytes(4 << 20), "b": bytes(4 << 20)}))
+
+
+def test_a_register_of_five_thousand_digits_is_malformed() -> None:
+    """CBOR has such numbers, and Python refuses to write them into a reason, with an exception of its own."""
+    value = {"kind": "tdx", "quote": b"x", "events": [[1 << 20_000, "a", bytes(48), b""]]}
+    assert refusal(wire.decode, cbor_encode(value)).reasons[0].where == "evidence"
+
+
+def test_a_million_empty_lists_are_refused_before_they_are_made() -> None:
+    """8 MiB of them took twelve seconds."""
+    data = b"\x9a\x00\x0f\x00\x00" + b"\x80" * 0xF0000
+    start = time.perf_counter()
+    assert "values" in refusal(wire.decode, data).reasons[0].found
+    assert time.perf_counter() - start < 0.5
+
+
+def test_the_largest_evidence_has_fewer_values_than_are_accepted() -> None:
+    event = Event(3, "a", bytes(48), b"")
+    parts = {f"p{index}": b"x" for index in range(wire.LIMITS.parts)}
+    device = Evidence("tpm", b"x", (event,) * wire.LIMITS.events, parts)
+    most = Evidence("tdx", b"x", device.events, parts, (device,) * wire.LIMITS.devices)
+    assert wire.decode(wire.encode(most)) == most

@@ -34,6 +34,8 @@ class Limits:
     parts: int = 16
     part: int = 4 * 1024 * 1024
     devices: int = 16
+    items: int = 16_384
+    """CBOR values: with every list at its limit, 17 pieces of evidence hold 6,600."""
 
 
 LIMITS: Final = Limits()
@@ -76,7 +78,7 @@ def decode(data: bytes) -> Evidence:
         EvidenceError: `evidence-malformed`: not canonical CBOR, another shape, or above a limit.
     """
     try:
-        value: Any = cbor_decode(data, limit=LIMITS.total)
+        value: Any = cbor_decode(data, limit=LIMITS.total, items=LIMITS.items)
     except ValueError as error:
         raise _malformed(Reason("evidence", str(error), f"canonical CBOR of at most {LIMITS.total} bytes")) from error
     evidence = _read(value, "evidence", devices=True)

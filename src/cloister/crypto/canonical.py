@@ -16,6 +16,9 @@ import rfc8785
 
 MAX_BYTES = 1 << 24
 """Largest message accepted, 16 MiB: evidence, collateral and contracts are far below; keys are tiny."""
+MAX_ITEMS = 1 << 18
+"""Most values in one message, map keys included. A message of empty lists costs more than a microsecond per byte to decode and to
+encode again, so its size alone says little about its cost."""
 
 
 def cbor_encode(value: Any) -> bytes:
@@ -23,14 +26,15 @@ def cbor_encode(value: Any) -> bytes:
     return cbor2.dumps(value, canonical=True)
 
 
-def cbor_decode(data: bytes, *, limit: int = MAX_BYTES) -> Any:
+def cbor_decode(data: bytes, *, limit: int = MAX_BYTES, items: int = MAX_ITEMS) -> Any:
     """Return the value of canonical CBOR `data`.
 
     Raises:
-        ValueError: not CBOR, too long, trailing bytes, or not the canonical encoding.
+        ValueError: not CBOR, too long, more than `items` values, a tag, trailing bytes, or not the canonical encoding.
     """
     if len(data) > limit:
         raise ValueError(f"message of {len(data)} bytes, at most {limit} are accepted")
+    _count(data, items)
     stream = io.BytesIO(data)
     try:
         value = cbor2.CBORDecoder(stream).decode()
@@ -40,6 +44,25 @@ def cbor_decode(data: bytes, *, limit: int = MAX_BYTES) -> Any:
     if canonical != data:
         raise ValueError("not canonical CBOR: another encoding of the same value, or trailing bytes")
     return value
+
+
+def _count(data: bytes, most: int) -> None:
+    """Refuse tags, and more than `most` values, before anything is made of them: one walk over the heads (RFC 8949, section 3)."""
+    at, found, size = 0, 0, len(data)
+    while at < size:
+        found += 1
+        if found > most:
+            raise ValueError(f"message of more than {most} values")
+        major, info = data[at] >> 5, data[at] & 31
+        at += 1
+        if info > 23:
+            width = 1 << (info - 24) if info < 28 else 0  # anything else is not canonical, and refused for that
+            info = int.from_bytes(data[at : at + width], "big")
+            at += width
+        if major in (2, 3):
+            at += info
+        elif major == 6:  # dates, big numbers, fractions, patterns: values of types that no message here has
+            raise ValueError(f"a value with tag {info}")
 
 
 def json_encode(value: Any) -> bytes:
