@@ -55,6 +55,8 @@ def normal(text: str) -> str:
         (r"\b[\d.,]+ (B|kB|MB|GB)\b", "SIZE"),
         (r"\+[0-9a-f]{8}\+[\w+/=]+", "+KEY"),
         (r"^(software|known answers|platform|sandbox|mount|memory|ssh-keygen) +(ok|note|missing).*$", r"\1 \2"),
+        # what a machine may have or lack, with the line that says how to get it
+        (r"^(gpu|swtpm) +(ok|note).*$(?:\n {15,}\S.*$)*", r"\1"),
         (r"(CPython|Python) [\d.]+", r"\1 N"),
         (r"\b\d+ modules compiled", "N modules compiled"),
         (r"[ \t]+", " "),
