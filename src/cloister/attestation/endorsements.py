@@ -32,6 +32,7 @@ class Endorsement:
     | `tpm` | `ak/<name of the AK, hex>` | what the relying party noted when it enrolled the AK: `tpm/enrol.py` |
     | `tpm` | `ca/<SHA-256 of the certificate, hex>` | DER intermediate certificate of an EK or AK chain |
     | `tpm` | `crl/<SHA-256 of the issuer's certificate, hex>` | DER revocation list of an authority of EK or AK chains |
+    | `tpm` | `crl/<any>` | DER revocation list of an authority of such a chain |
     | `nitro` | `crl/<any>` | DER revocation list of an authority of the chain; AWS has none |
     | `cca` | `cpak/<instance id, hex>` or `cpak/<implementation id, hex>` | the platform's public key: JWK or DER |
     """
