@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from cloister.attestation.edge.attester import find_attester
 from cloister.attestation.reference import decode
 from cloister.attestation.types import LogRule, Software
 from cloister.cli import main, reference_
-from cloister.cli.common import now
+from cloister.cli.common import now, write_file
 from cloister.contract.decide import compile_place
 from cloister.contract.parse import parse
+from cloister.errors import InputError
 
 
 @dataclass
@@ -154,3 +156,17 @@ def test_a_measured_script_can_be_signed_at_once(run: Run, tmp_path: Path) -> No
     assert said.status == 0, said.out
     (program,) = decode((tmp_path / "train.json").read_bytes()).workloads
     assert (program.label, program.code) == ("train-it", said.data["digest"])
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_file(pipe, b"values")
+        assert os.read(reader, 100) == b"values"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(InputError):
+        write_file(tmp_path, b"a folder")

@@ -426,7 +426,7 @@ def read_file(path: Path, what: str) -> bytes:
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write a file as a whole or not at all.
+    """Write a file as a whole or not at all; what is there and is no file (`/dev/null`, a pipe) is written to.
 
     Raises:
         InputError: it cannot be written there; the old file is untouched.
@@ -434,6 +434,10 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """
     temporary = ""
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced by a file
+            with path.open("wb") as file:
+                file.write(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.")
         with os.fdopen(handle, "wb") as file:
