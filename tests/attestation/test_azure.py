@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister.attestation import evidence as wire
+from cloister.attestation.appraise import appraise
 from cloister.attestation.azure import format as hcl_format
 from cloister.attestation.azure_snp import verify as azure_snp
 from cloister.attestation.azure_tdx import verify as azure_tdx
@@ -28,6 +29,7 @@ from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.events import event
 from cloister.attestation.files import Case
 from cloister.attestation.files import azure as files_azure
+from cloister.attestation.reference import of_claims
 from cloister.attestation.roots import Roots
 from cloister.attestation.snp.format import Tcb
 from cloister.attestation.soft import azure as soft_azure
@@ -35,7 +37,7 @@ from cloister.attestation.soft import snp as soft_snp
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.soft import tpm as soft_tpm
 from cloister.attestation.tpm.verify import encode_pcrs
-from cloister.attestation.types import NOT_RATED, Claims, Evidence
+from cloister.attestation.types import NOT_RATED, Claims, Evidence, Policy
 from cloister.attestation.verify import VERIFIERS, verify
 from cloister.errors import EvidenceError
 from tests.attestation.helpers import SHARED, refusal, value_or_malformed
@@ -94,11 +96,9 @@ def test_a_good_vm_gives_all_claims(kind: str) -> None:
     hardware = "measurement" if kind == "azure-snp" else "mrtd"
     assert found.measurements[hardware] == soft_azure.PARAVISOR
     boot = hashlib.sha256(b"".join(found.measurements[f"pcr{index}"] for index in range(10))).digest()
-    assert (found.launch, found.measurements["boot_aggregate"], found.boot) == (
-        "boot_aggregate",
-        boot,
-        f"sha256:{boot.hex()}",
-    )
+    assert (found.measurements["boot_aggregate"], found.boot) == (boot, f"sha256:{boot.hex()}")
+    launch = hashlib.sha384(soft_azure.PARAVISOR + boot).digest()
+    assert (found.launch, found.measurements[found.launch]) == ("azure_launch", launch)
     assert len(found.boot_log) > 10
     assert found.attributes["secure_boot"]
     assert not found.attributes["console_enabled"]
@@ -112,6 +112,20 @@ def test_a_good_vm_gives_all_claims(kind: str) -> None:
 def test_it_works_without_a_boot_log_and_without_events(kind: str) -> None:
     found = claims(good(kind, events=(), boot_log=False))
     assert (found.events, found.boot_log) == ((), ())
+
+
+@both
+def test_a_vm_of_ones_own_quotes_any_pcrs_but_has_another_launch_measurement(kind: str) -> None:
+    """Mallory owns genuine hardware: it vouches for whatever key its software names, and that key quotes the victim's PCRs."""
+    hers = {"measurement" if kind == "azure-snp" else "mrtd": b"\x66" * 48}
+    victim, forged = claims(good(kind)), claims(good(kind, tpm=soft_azure.vtpm("mallory"), report=hers))
+    assert (forged.boot, forged.boot_log) == (victim.boot, victim.boot_log)
+    assert forged.measurements["pcr4"] == victim.measurements["pcr4"]
+    assert forged.measurements[forged.launch] != victim.measurements[victim.launch]
+    ours = of_claims(victim, "ours")
+    policy = Policy("p", "tee", accept=frozenset({"simulated"}), software=(ours,))
+    assert appraise(victim, policy) == ()
+    assert [reason.where for reason in appraise(forged, policy)] == ["p.software.ours.azure_launch"]
 
 
 @both

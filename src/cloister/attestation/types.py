@@ -119,7 +119,7 @@ class Claims:
     measurements: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
     """`mrtd`, `rtmr0` .. `rtmr3`, `mrenclave`, `measurement`, `pcr7`, ...: vendor's names in lower case."""
     launch: str = ""
-    """Name of the measurement that names the software started: `mrtd`, `mrenclave`, `measurement`, `pcr0`, `rim`."""
+    """Name of the measurement that names the software started: `mrtd`, `mrenclave`, `measurement`, `pcr0`, `rim`, ..."""
     svns: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Security version numbers that a floor can be set for: `isvsvn`, `snp`, `microcode`, `tcb_evaluation_data_number`."""
     attributes: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))

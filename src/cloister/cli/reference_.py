@@ -316,7 +316,7 @@ def _tell(you: You, document: Document, digest: str, signer: str, *, imported: b
     you.ui.result(data, "\n".join(lines))
 
 
-LAUNCH: Final = frozenset({"mrtd", "mrenclave", "measurement", "pcr0", "rim", "boot_aggregate"})
+LAUNCH: Final = frozenset({"mrtd", "mrenclave", "measurement", "pcr0", "rim", "boot_aggregate", "azure_launch"})
 """Measurements that name the software started (`Claims.launch`)."""
 
 

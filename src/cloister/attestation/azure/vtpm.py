@@ -29,6 +29,7 @@ BOOT: Final = range(10)
 """PCRs of the boot state: firmware 0 - 7, boot loader 8 and 9."""
 RUNTIME: Final = 15
 """PCR of runtime events, as on a TPM of its own. systemd's `pcrmachine` and `pcrfs` extend it too: a VM for this does not enable them."""
+LAUNCH: Final = "azure_launch"
 PARTS: Final = frozenset({"tpm-quote", "pcrs", "boot-log"})
 """Parts of both kinds; `boot-log` is optional."""
 
@@ -124,8 +125,15 @@ def claims(
         hardware,
         tee=soft + name,
         report_data=attest.extra_data,
-        measurements=MappingProxyType({**hardware.measurements, **measured, "boot_aggregate": aggregate}),
-        launch="boot_aggregate",
+        measurements=MappingProxyType(
+            {
+                **hardware.measurements,
+                **measured,
+                "boot_aggregate": aggregate,
+                LAUNCH: launch(hardware.measurements[hardware.launch], aggregate),
+            }
+        ),
+        launch=LAUNCH,
         svns=MappingProxyType({**hardware.svns, **numbers}),
         attributes=MappingProxyType({**hardware.attributes, **runtime.switches, "safe": attest.safe}),
         events=events,
@@ -134,6 +142,15 @@ def claims(
         platform=MappingProxyType(platform),
         boot=f"sha256:{aggregate.hex()}",
     )
+
+
+def launch(paravisor: bytes, boot_aggregate: bytes) -> bytes:
+    """Return the measurement `azure_launch`, 48 bytes: SHA-384(hardware's launch measurement || boot aggregate).
+
+    The boot aggregate alone says nothing: whoever owns a CPU of the same kind can have it sign for a key of his own, and
+    with that key quote any PCRs. Only the paravisor's code keeps a vTPM honest, so it is part of the software's name.
+    """
+    return hashlib.sha384(paravisor + boot_aggregate).digest()
 
 
 def _boot(data: bytes, pcrs: Mapping[int, bytes], where: str) -> tuple[BootEvent, ...]:

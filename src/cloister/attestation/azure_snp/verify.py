@@ -23,8 +23,10 @@ A refusal in step 2 names the inner step too: `azure-snp.2-report.sev-snp.4-revo
 Endorsements and roots are those of `sev-snp`.
 
 What is trusted: Microsoft's paravisor. It runs at VMPL 0 below the guest, holds the vTPM and its keys, and makes the runtime JSON. The
-hardware measures the paravisor (`measurement`, the same for every VM of a release), and the paravisor measures the guest (PCRs). So
-`launch` is the boot state, and a policy that pins only PCRs trusts whatever paravisor runs there: pin `measurement` too.
+hardware measures the paravisor (`measurement`, the same for every VM of a release), and the paravisor measures the guest (PCRs).
+Nothing says that the machine is Microsoft's: on any SEV-SNP machine its owner can start software of his own at VMPL 0, let the
+report vouch for a key of his own, and quote any PCRs with it. So `launch` is `azure_launch`, made of both measurements
+(`vtpm.launch`), and a policy that pins only PCRs or `boot` accepts such a forgery.
 
 Not checked on purpose: the request type, versions and sizes in the header, which nobody signs; `user-data`, in which newer agents repeat
 the nonce: the quote is what is fresh. A report that VMPL 1 or higher asked for is refused: a guest could have put a key of its own there.

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from cloister.attestation import events as event_log
+from cloister.attestation.azure import vtpm
 from cloister.attestation.edge.attester import Attester, DeviceAttester
 from cloister.attestation.logs import ima
 from cloister.attestation.soft import azure as soft_azure
@@ -262,7 +263,7 @@ class SoftAzureAttester(_Soft):
 
     @property
     def launch(self) -> bytes:
-        return _boot_aggregate(self._host)
+        return vtpm.launch(soft_azure.PARAVISOR, _boot_aggregate(self._host))
 
     def evidence(self, report_data: bytes) -> Evidence:
         if len(report_data) != 32:
