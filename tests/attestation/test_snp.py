@@ -406,6 +406,16 @@ def test_states_of_the_platform_are_claims() -> None:
         assert rule in str(reasons[0])
 
 
+def test_a_host_that_launches_the_right_image_with_a_migration_agent_of_its_own() -> None:
+    """The host chooses the guest policy, the measurement does not cover it, and an agent gets the keys of the guest's memory."""
+    policy = Policy("place", "tee", accept=frozenset({"simulated"}))
+    own, moved = claims(good()), claims(good(migrate=True))
+    assert moved.measurements["measurement"] == own.measurements["measurement"]
+    assert appraise(own, policy) == ()
+    assert [reason.where for reason in appraise(moved, policy)] == ["place.require.migrate_ma"]
+    assert appraise(moved, replace(policy, require={"sev-snp": {"migrate_ma": True}})) == ()
+
+
 # --- form -------------------------------------------------------------------------------------------------------------
 
 

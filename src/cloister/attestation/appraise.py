@@ -7,7 +7,7 @@ Rules, in this order; every violation is reported, each under `<policy.where>.<r
    3 accept            the TEE type; `simulated` stands for every soft TEE, and nothing else does
    4 TCB               `tcb_status`, `min_tcb` (year and month of the matched TCB level), `max_tcb_age`,
                        `min_svn.<name>` (floors for this TEE type), `deny_advisories`
-   5 require.<name>    switches of the platform
+   5 require.<name>    switches of the platform; `migrate_ma` and `migratable` are off unless the policy names them
    6 platforms         `platforms.allow`, `platforms.deny`: which machine it is
    7 gpu               `gpu`: `confidential` where the policy wants it, of every GPU; `gpus.allow`
    8 boot              `boot`: the boot state of an attested host; `boot_log`: a replayed log that explains it
@@ -56,6 +56,9 @@ DEVICES: Final = frozenset({GPU, "tpm"})
 _UPDATE: Final = "update the platform's firmware and microcode, then attest again"
 _SOFT: Final = "software evidence protects nothing: use real hardware"
 _OTHER_BUILD: Final = "if this build is yours, add its measurement to the contract"
+_OPENING: Final = ("migrate_ma", "migratable")
+"""Attributes that let somebody beside the guest have its memory: an SNP migration agent or a TDX service TD, which the host
+chooses and the launch measurement does not cover. Off, unless the policy says what it wants."""
 _LISTED: Final = 8
 """Accepted values named in one reason."""
 
@@ -213,7 +216,9 @@ def _advisories(at: str, claims: Claims, policy: Policy, refuse: _Refuse) -> Non
 
 def _require(at: str, claims: Claims, policy: Policy, refuse: _Refuse) -> None:
     # (5)
-    wanted = policy.require.get(base(claims.tee), {})
+    wanted = {name: False for name in _OPENING if claims.attributes.get(name)} | dict(
+        policy.require.get(base(claims.tee), {})
+    )
     for name in sorted(wanted):
         found = claims.attributes.get(name)
         if found is not wanted[name]:
