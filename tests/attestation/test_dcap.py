@@ -611,3 +611,9 @@ def test_the_own_check_says_nothing_of_revocation_without_collateral() -> None:
     assert own.signatures(side.tee, quote, chain, now=NOW) == ()
     late = NOW.replace(year=2060)
     assert {reason.where for reason in own.signatures(side.tee, quote, chain, now=late)} == {"sgx.4-chain.expired"}
+
+
+@pytest.mark.parametrize(("sgx_type", "bound"), [(0, True), (1, False), (2, True)])
+def test_a_policy_can_demand_bound_memory(sgx_type: int, bound: bool) -> None:
+    machine = pck.Pck(bytes(16), bytes(16), 11, bytes(2), bytes(6), sgx_type, None, (("smt_enabled", True),))
+    assert machine.attributes() == {"smt_enabled": True, "memory_integrity": bound}

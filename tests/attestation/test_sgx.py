@@ -119,7 +119,7 @@ def test_a_good_soft_enclave_gives_all_claims() -> None:
     }  # fmt: skip
     assert claims.attributes == {
         "debug": False, "mode64bit": True, "provision_key": False, "einittoken_key": False, "cet": False, "kss": False,
-        "aex_notify": False, "dynamic_platform": True, "cached_keys": True, "smt_enabled": True,
+        "aex_notify": False, "dynamic_platform": True, "cached_keys": True, "smt_enabled": True, "memory_integrity": False,
     }  # fmt: skip
     assert claims.platform["ppid"] == enclave.platform.ppid.hex()
     assert claims.platform["fmspc"] == soft_sgx.FMSPC.lower()

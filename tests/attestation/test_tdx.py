@@ -81,7 +81,7 @@ def test_a_good_soft_platform_gives_all_claims() -> None:
     assert claims.svns == {"pcesvn": 17, "tcb_evaluation_data_number": 1, "qe_isvsvn": 6, "tdx_module_svn": 5}
     assert claims.attributes == {
         "debug": False, "icssd": False, "lass": False, "sept_ve_disable": True, "migratable": False, "pks": False, "kl": False, "tpa": False, "perfmon": False,
-        "dynamic_platform": True, "cached_keys": True, "smt_enabled": True,
+        "dynamic_platform": True, "cached_keys": True, "smt_enabled": True, "memory_integrity": False,
     }  # fmt: skip
     assert claims.valid_until == NOW - timedelta(days=1) + soft_tdx.LIFETIME
     assert [line.split(",")[0] for line in claims.chain] == ["O=Cloister SOFT - protects nothing" for _ in range(3)]

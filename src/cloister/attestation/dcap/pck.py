@@ -41,6 +41,11 @@ class Pck:
     flags: tuple[tuple[str, bool], ...]
     """Of `dynamic_platform`, `cached_keys`, `smt_enabled`: those that the certificate states."""
 
+    def attributes(self) -> dict[str, bool]:
+        """Return the switches that a policy may demand. `memory_integrity`: memory is bound cryptographically and not only
+        encrypted (type scalable lacks it, and interposers on the memory bus have broken such machines)."""
+        return {**dict(self.flags), "memory_integrity": self.sgx_type in (0, 2)}
+
     def platform(self) -> dict[str, str]:
         """Return who the machine is, for allow and deny lists: bytes in lower-case hex."""
         found = {

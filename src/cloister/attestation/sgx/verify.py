@@ -96,7 +96,7 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
         measurements=MappingProxyType(quote.measurements()),
         launch="mrenclave",
         svns=MappingProxyType({**found.svns, **quote.numbers()}),
-        attributes=MappingProxyType({**quote.attributes(), **dict(found.pck.flags)}),
+        attributes=MappingProxyType({**quote.attributes(), **found.pck.attributes()}),
         events=evidence.events,
         log_in="report-data",
         platform=MappingProxyType(found.pck.platform()),

@@ -127,7 +127,7 @@ def examine(
         measurements=MappingProxyType(measurements),
         launch="mrtd",
         svns=MappingProxyType({**found.svns, "tdx_module_svn": measurements["teetcbsvn"][0]}),
-        attributes=MappingProxyType({**quote.attributes(), **dict(found.pck.flags)}),
+        attributes=MappingProxyType({**quote.attributes(), **found.pck.attributes()}),
         events=evidence.events if runtime_log else (),
         boot_log=boot,
         platform=MappingProxyType(found.pck.platform()),
