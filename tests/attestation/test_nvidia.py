@@ -5,6 +5,7 @@ Soft reports are bit-exact, and the same code judges them as NVIDIA's; only the 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -32,7 +33,7 @@ from cloister.attestation.nvidia import device as nvidia_device
 from cloister.attestation.nvidia import format as nvidia_format
 from cloister.attestation.nvidia.examine import wanted
 from cloister.attestation.nvidia.format import Field
-from cloister.attestation.nvidia.roots import DEVICE_IDENTITY_CA, PINS
+from cloister.attestation.nvidia.roots import DEVICE_IDENTITY_CA
 from cloister.attestation.nvidia.verify import KIND, STEPS, verify
 from cloister.attestation.pki import certificate as pki
 from cloister.attestation.roots import Roots
@@ -472,10 +473,16 @@ def test_modes_are_claims_and_what_is_not_said_is_absent() -> None:
 
 def test_a_soft_manifest_makes_a_genuine_device_soft() -> None:
     """The device's root is pinned as a vendor's, the manifests' only as a test's."""
-    digest = next(iter(PINS.soft))
+    device = soft.gpu(label="vendor")
+    digest = hashlib.sha256(pki.from_pem(device.chain, where="test")[-1].der).hexdigest()
     also = Roots(soft=True, also=MappingProxyType({"nvidia-gpu": frozenset({digest})}))
-    assert judge(roots=also).tee == "soft-nvidia-gpu"
-    error = refusal(judge, roots=replace(also, soft=False))
+    given: dict[str, Any] = {
+        "quote": soft.report(device, NONCE),
+        "device": device,
+        "endorsements": soft.endorsements(ISSUED, (device,)),
+    }
+    assert judge(**given, roots=also).tee == "soft-nvidia-gpu"
+    error = refusal(judge, **given, roots=replace(also, soft=False))
     assert set(faults(error)) == {"nvidia-gpu.7-rim.chain.root"}
 
 

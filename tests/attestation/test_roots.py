@@ -23,6 +23,17 @@ def test_what_is_not_pinned_is_refused() -> None:
         assert (error.code, error.reasons[0].where) == ("evidence-not-authentic", "w")
 
 
+def test_a_test_root_stays_soft_whoever_lists_it() -> None:
+    listed = {"tdx": frozenset({hashlib.sha256(SOFT).hexdigest()})}
+    assert choose("tdx", SOFT, PINS, Roots(soft=True, also=listed), where="w") == "soft-tdx"
+    refusal(choose, "tdx", SOFT, PINS, Roots(also=listed), where="w")
+    assert (
+        choose("tdx", OTHER, PINS, Roots(also={"tdx": frozenset({hashlib.sha256(OTHER).hexdigest()})}), where="w")
+        == "tdx"
+    )
+    refusal(choose, "sgx", OTHER, PINS, Roots(also={"tdx": frozenset({hashlib.sha256(OTHER).hexdigest()})}), where="w")
+
+
 def test_no_pins_believe_nobody() -> None:
     empty = Pins(frozenset(), frozenset())
     refusal(choose, "tdx", VENDOR, empty, Roots(soft=True), where="w")

@@ -305,12 +305,8 @@ def test_a_note_with_changed_attributes_is_of_another_name() -> None:
 
 def test_a_soft_half_makes_the_whole_soft() -> None:
     machine = soft.machine()
-    root = hashlib.sha256(soft.authority().root.public_bytes(Encoding.DER)).hexdigest()
-    named = Roots(soft=True, also=MappingProxyType({"tpm": frozenset({root})}))
     note = Endorsements((enrol.endorsement(soft.note(machine, NOW)),))
     assert judged(evidence(), note).tee == "soft-tpm"
-    # a test root that somebody names as a vendor's is theirs to answer for; without that both halves are soft
-    assert judged(evidence(), note, roots=named).tee == "tpm"
     foreign = soft.machine("bare", label="vendor", certified=False)
     parts = {"ak-cert": soft.machine("bare", label="vendor").ak_chain}
     vendor = hashlib.sha256(soft.authority("vendor").root.public_bytes(Encoding.DER)).hexdigest()
@@ -318,6 +314,18 @@ def test_a_soft_half_makes_the_whole_soft() -> None:
     soft_note = Endorsements((enrol.endorsement(replace(soft.note(foreign, NOW, label="vendor"), root=SOFT_ROOT)),))
     assert judged(evidence(foreign, parts=parts), roots=mixed).tee == "tpm"
     assert judged(evidence(foreign, parts=parts), soft_note, roots=mixed).tee == "soft-tpm"
+
+
+def test_a_test_root_that_somebody_lists_as_a_vendor_s_stays_soft() -> None:
+    """Its private key is public: by certificate and by enrolment nobody gets `tpm` from it."""
+    note = Endorsements((enrol.endorsement(soft.note(BARE, NOW)),))
+    for soft_too in (True, False):
+        named = Roots(soft=soft_too, also=MappingProxyType({"tpm": frozenset({SOFT_ROOT})}))
+        for found, endorsements in ((evidence(), Endorsements()), (evidence(BARE), note)):
+            if soft_too:
+                assert judged(found, endorsements, roots=named).tee == "soft-tpm"
+            else:
+                assert refusal(judged, found, endorsements, roots=named).reasons[0].where == "tpm.5-root"
 
 
 def test_notes_are_written_one_way() -> None:

@@ -41,12 +41,13 @@ def choose(kind: str, root_der: bytes, pins: Pins, roots: Roots, *, where: str) 
         EvidenceError: `evidence-not-authentic`: the root is not pinned, or is a test root and `roots.soft` is not set.
     """
     digest = hashlib.sha256(root_der).hexdigest()
-    if digest in pins.vendor or digest in roots.also.get(kind, frozenset()):
-        return kind
+    # before `also`: a key that everybody has stays soft, even where somebody lists it as their own
     if digest in pins.soft:
         if roots.soft:
             return f"soft-{kind}"
         found, hint = "the published test root", "software evidence protects nothing and must be allowed by name"
+    elif digest in pins.vendor or digest in roots.also.get(kind, frozenset()):
+        return kind
     else:
         found, hint = f"root {digest}", "the chain does not end at the hardware vendor"
     raise EvidenceError(

@@ -105,7 +105,7 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
     platform, realm = token.platform, token.realm
     # (2)
     cpak, spki = _cpak(_endorsed(endorsements, platform))
-    tee = _tee(spki, roots)
+    tee = choose(KIND, spki, PINS, roots, where="cca.2-cpak")
     # (3)
     if not cose.verify(platform.message, cpak):
         raise _refused("cca.3-platform", "a signature of another key or over other bytes", "the CPAK's signature")
@@ -160,13 +160,6 @@ def _endorsed(endorsements: Endorsements, platform: cca_format.Platform) -> byte
     instance = f"cpak/{platform.instance_id.hex()}"
     found = endorsements.get(KIND, instance) or endorsements.get(KIND, f"cpak/{platform.implementation_id.hex()}")
     return found if found is not None else endorsements.find(KIND, instance, where="cca.2-cpak")
-
-
-def _tee(spki: bytes, roots: Roots) -> str:
-    # a key that everybody has stays soft, even where somebody pins it as their own
-    if hashlib.sha256(spki).hexdigest() in PINS.soft:
-        roots = Roots(soft=roots.soft)
-    return choose(KIND, spki, PINS, roots, where="cca.2-cpak")
 
 
 @lru_cache(maxsize=64)

@@ -306,10 +306,11 @@ def _noted(ak: Public, data: bytes, roots: Roots, now: datetime) -> tuple[str, d
             "enrol again",
         )
     # (5) a root that is not believed any more takes its enrolments with it; a pinned EK was believed by itself
-    if note.how == "ek-pinned" or note.root in PINS.vendor | roots.also.get(KIND, frozenset()):
+    if note.root in PINS.soft:  # whatever `also` says, as `roots.choose`
+        if roots.soft:
+            return f"soft-{KIND}", note.until, note.ek
+    elif note.how == "ek-pinned" or note.root in PINS.vendor | roots.also.get(KIND, frozenset()):
         return KIND, note.until, note.ek
-    if note.root in PINS.soft and roots.soft:
-        return f"soft-{KIND}", note.until, note.ek
     found = "the published test root" if note.root in PINS.soft else f"root {note.root}"
     raise _refused("tpm.5-root", f"an AK enrolled under {found}", "a root that the relying party believes")
 
