@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cloister.attestation import evidence as wire
+from cloister.attestation import files
 from cloister.attestation.edge.attester import SOFT_KINDS, find_attester
+from cloister.attestation.edge.collateral import soft_collateral
 from cloister.attestation.files import manifest, sniff
+from cloister.attestation.roots import Roots
+from cloister.attestation.soft import cca as soft_cca
+from cloister.attestation.soft import nvidia as soft_nvidia
 from cloister.attestation.soft import snp as soft_snp
 from cloister.attestation.soft import tdx as soft_tdx
+from cloister.attestation.soft import tpm as soft_tpm
 from cloister.cli import main
+from cloister.cli.common import now
 from cloister.errors import EvidenceError, InputError, Reason
 from tests.attestation.helpers import SHARED, refusal
 
@@ -164,6 +173,107 @@ def test_files_that_are_nothing_or_two_things(run: Run, tmp_path: Path) -> None:
     assert both.status == 2
     assert "more than one kind" in both.err
     assert run("quote", "quote").status == 2
+
+
+# What was not checked is not said to be ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SOFT_KINDS)
+def test_a_nonce_is_compared_in_our_own_format_too(kind: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "evidence"
+    attester = find_attester(kind, measurement=bytes(48))
+    attester.extend("cloister/config/1", b"test")
+    asked = b"\x07" * attester.report_data_bytes
+    path.write_bytes(wire.encode(attester.evidence(asked)))
+    good = run(path, "--insecure-soft-tee", "--nonce", asked.hex(), "--json")
+    assert (good.status, good.data["steps"][-1]["name"]) == (0, "freshness")
+    bad = run(path, "--insecure-soft-tee", "--nonce", asked[:-1].hex(), "--json")
+    assert (bad.status, bad.data["verdict"], bad.data["steps"][-1]["state"]) == (4, "refused", "failed")
+    assert run(path, "--insecure-soft-tee", "--nonce", "ff" * 65).status == 4
+    assert run(path, "--insecure-soft-tee", "--nonce", "").status == 2, "a variable that was never set"
+
+
+def test_a_nonce_says_nothing_about_devices(run: Run, tmp_path: Path) -> None:
+    gpu = soft_nvidia.gpu()
+    evidence = replace(
+        find_attester("soft-tdx", measurement=bytes(48)).evidence(bytes(64)),
+        devices=(soft_nvidia.evidence(gpu, bytes(32), ocsp_responses=soft_nvidia.staples(gpu, _yesterday())),),
+    )
+    observed = files.observe_evidence(
+        evidence,
+        soft_collateral(_yesterday()) | soft_nvidia.endorsements(_yesterday()),
+        Roots(soft=True),
+        now=_yesterday(),
+        nonce=bytes(64),
+    )
+    assert observed.error is None
+    assert (observed.steps[-1].name, observed.steps[-1].state) == ("freshness", "not done")
+
+
+def test_a_log_that_nobody_signed_is_not_authentic(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(soft_tpm.host().boot_log())
+    (tmp_path / "place.toml").write_text(PLACE)
+    for words in ((), ("--policy", "place.toml")):
+        said = run("log", "--json", *words)
+        assert (said.status, said.data["verdict"]) == (4, "refused")
+    assert "NOT ENOUGH" in run("log").out
+
+
+def test_a_policy_that_could_not_be_judged_is_not_met(run: Run, tmp_path: Path) -> None:
+    """A manifest of the vendor is authentic and says nothing about a machine."""
+    (tmp_path / "rim.xml").write_bytes(soft_nvidia.driver_rim())
+    (tmp_path / "place.toml").write_text(PLACE)
+    words: list[str] = ["rim.xml", "--insecure-soft-tee"]
+    for index, (subject, issuer) in enumerate(pairwise(soft_nvidia.authority().rim_chain)):
+        (tmp_path / f"{index}.der").write_bytes(soft_nvidia.ocsp_response(subject, issuer, now() - timedelta(hours=1)))
+        words.append(f"{index}.der")
+    alone = run(*words)
+    assert alone.status == 0
+    assert "protects NOTHING" in alone.out
+    said = run(*words, "--policy", "place.toml", "--json")
+    assert (said.status, said.data["verdict"]) == (4, "refused")
+
+
+def test_a_platform_key_that_came_with_the_token_proves_nothing(run: Run, tmp_path: Path) -> None:
+    """Whoever makes both halves of a key makes a token of a platform that is nobody's."""
+    mallory = soft_cca.platform("mallory", label="a key of an attacker")
+    (tmp_path / "token").write_bytes(soft_cca.token(mallory, challenge=bytes(64), rim=bytes(48)))
+    (tmp_path / "cpak").write_bytes(mallory.spki())
+    (tmp_path / "place.toml").write_text(PLACE.replace("simulated", "cca"))
+    asked = ("token=token", "--nonce", "00" * 64, "--policy", "place.toml", "--json")
+    said = run("cpak=cpak", *asked)
+    assert (said.status, said.data["verdict"]) == (4, "refused")
+    assert {step["name"] for step in said.data["steps"] if step["state"] == "not done"} == {"cca.2-cpak"}
+
+
+def test_steps_are_not_said_to_have_passed_when_something_does_not_parse_or_is_missing(
+    run: Run, tmp_path: Path
+) -> None:
+    machine = soft_snp.machine()
+    (tmp_path / "report").write_bytes(soft_snp.report(machine, measurement=bytes(48), report_data=bytes(64)))
+    (tmp_path / "leaf").write_bytes(b"\x30\x03\x02\x01\x00")
+    quote = soft_tdx.quote(soft_tdx.platform(), mrtd=bytes(48), report_data=bytes(64))
+    (tmp_path / "quote").write_bytes(quote)
+    for words in (("report",), ("report", "leaf=leaf"), ("quote=quote", "collateral=leaf")):
+        said = run(*words, "--insecure-soft-tee", "--json")
+        assert said.status == 4, words
+        assert "passed" not in {step["state"] for step in said.data["steps"]}, words
+
+
+def test_a_file_that_no_step_reads_is_refused(run: Run, tmp_path: Path) -> None:
+    """A list that revokes the machine, and that the verifier of another kind of machine would not open."""
+    machine = soft_snp.machine()
+    (tmp_path / "report").write_bytes(soft_snp.report(machine, measurement=bytes(48), report_data=bytes(64)))
+    (tmp_path / "quote").write_bytes(soft_tdx.quote(soft_tdx.platform(), mrtd=bytes(48), report_data=bytes(64)))
+    crl = next(item.data for item in soft_snp.endorsements(_yesterday()) if "crl" in item.subject)
+    (tmp_path / "list.crl").write_bytes(crl)
+    for words in (("quote", "list.crl"), ("quote", "--collateral", "list.crl"), ("report", "leef=quote")):
+        said = run(*words, "--insecure-soft-tee")
+        assert said.status == 2, words
+        assert "no step of" in said.err
+    (tmp_path / "eat").write_text('[["JWT", "a.b.c"], {}]')
+    (tmp_path / "gpu").write_bytes(soft_nvidia.report(soft_nvidia.gpu(), bytes(32)))
+    assert run("gpu", "eat", "--insecure-soft-tee").status == 2
 
 
 # Manifests -----------------------------------------------------------------------------------------------------

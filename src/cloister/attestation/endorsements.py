@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from cloister.errors import EvidenceError, Reason
 
 
+class UnendorsedError(EvidenceError):
+    """No collateral is there for a machine: what could not be looked for was not judged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endorsement:
     """Collateral for one family of machines."""
@@ -56,13 +60,13 @@ class Endorsements:
         """Return the collateral for `kind` of evidence from the machines `subject`.
 
         Raises:
-            EvidenceError: `evidence-not-authentic`: there is none.
+            UnendorsedError: `evidence-not-authentic`: there is none.
         """
         for item in self.items:
             if item.kind == kind and item.subject == subject:
                 return item.data
         have = ", ".join(sorted(item.subject for item in self.items if item.kind == kind)) or "none"
-        raise EvidenceError(
+        raise UnendorsedError(
             "no collateral endorses this machine",
             code="evidence-not-authentic",
             reasons=[

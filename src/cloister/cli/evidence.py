@@ -88,17 +88,28 @@ def observe_files(
         InputError: a file cannot be read, or is nothing that is known.
     """
     from cloister.attestation.files import Case, observe
-    from cloister.attestation.files.sniff import assemble
+    from cloister.attestation.files.sniff import assemble, sniff
     from cloister.attestation.roots import Roots
 
     named = [(argument, read(Path(argument.partition("=")[2] or argument), "the evidence")) for argument in arguments]
     own = _own(named[0][1]) if len(named) == 1 else None
     if own is not None:
-        return _observe_own(own, collateral, at, you)
-    named += [(str(path), read(path, "the collateral")) for path in collateral]
-    case = assemble(named)
-    roots = Roots(soft=you.soft)
-    return observe(Case(case.kind, case.files, at, nonce=nonce, chains=case.chains, chain=case.chain, roots=roots))
+        return _observe_own(own, collateral, at, you, nonce)
+    offered = [(str(path), read(path, "the collateral")) for path in collateral]
+    case = assemble([*named, *offered])
+    return observe(
+        Case(
+            case.kind,
+            case.files,
+            at,
+            nonce=nonce,
+            chains=case.chains,
+            chain=case.chain,
+            roots=Roots(soft=you.soft),
+            collateral=dict(offered),
+            vouched=frozenset(guess[1] for _, data in offered if (guess := sniff(data)) is not None),
+        )
+    )
 
 
 def _own(data: bytes) -> Evidence | None:
@@ -111,7 +122,9 @@ def _own(data: bytes) -> Evidence | None:
         return None
 
 
-def _observe_own(evidence: Evidence, collateral: Sequence[Path], time: datetime, you: You) -> Observation:
+def _observe_own(
+    evidence: Evidence, collateral: Sequence[Path], time: datetime, you: You, nonce: bytes | None
+) -> Observation:
     from cloister.attestation.edge.collateral import load_all, soft_collateral
     from cloister.attestation.files import observe_evidence
     from cloister.attestation.roots import Roots
@@ -119,12 +132,13 @@ def _observe_own(evidence: Evidence, collateral: Sequence[Path], time: datetime,
     endorsements = load_all(collateral)
     if you.soft:
         endorsements = soft_collateral(time) | endorsements
-    return observe_evidence(evidence, endorsements, Roots(soft=you.soft), now=time)
+    return observe_evidence(evidence, endorsements, Roots(soft=you.soft), now=time, nonce=nonce)
 
 
 def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: datetime, policy: Policy | None) -> None:
     undone = [step for step in observed.steps if step.state == "not done"]
-    good = observed.error is None and not undone and not reasons
+    missing = _missing(observed, undone, policy)
+    good = observed.error is None and not missing and not reasons
     style = you.ui.style
     lines: list[str] = []
     for step in observed.steps:
@@ -139,7 +153,7 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
     if fields:
         width = max(map(len, fields))
         lines += ["", *(f"{name.ljust(width)}  {value}" for name, value in fields.items())]
-    verdict = _verdict(observed, undone, reasons, time)
+    verdict = _verdict(observed, missing, reasons, time)
     lines += ["", verdict]
     data: dict[str, Any] = {
         "verdict": "good" if good else "refused",
@@ -161,7 +175,18 @@ def _note(step: Step) -> str:
     )
 
 
-def _verdict(observed: Observation, undone: Sequence[Step], reasons: Sequence[Reason], time: datetime) -> str:
+def _missing(observed: Observation, undone: Sequence[Step], policy: Policy | None) -> str:
+    """Return why a verdict without errors is none, or nothing: no sign of a fault is not a proof."""
+    if undone:
+        return f"{', '.join(step.name for step in undone)} could not be checked"
+    if observed.facts.get("authentic") is not True:  # a log alone, which nobody signed
+        return "nobody vouches for what these files say"
+    if policy is not None and observed.claims is None:
+        return f"{policy.where} could not be judged: these files say nothing about a machine"
+    return ""
+
+
+def _verdict(observed: Observation, missing: str, reasons: Sequence[Reason], time: datetime) -> str:
     at = f"at {time:%Y-%m-%d %H:%M:%S} UTC"
     if observed.error is not None:
         code = observed.error.code
@@ -171,12 +196,12 @@ def _verdict(observed: Observation, undone: Sequence[Step], reasons: Sequence[Re
             else ""
         )
         return f"REFUSED {at}: {observed.error.message} ({code}{hint})"
-    soft = observed.claims is not None and observed.claims.soft
+    soft = observed.soft or (observed.claims is not None and observed.claims.soft)
     warning = " - software evidence: it protects NOTHING" if soft else ""
     if reasons:
         return f"authentic {at}, but NOT ACCEPTABLE to the policy: {count(len(reasons), 'rule')} broken{warning}"
-    if undone:
-        return f"NOT ENOUGH {at}: nothing is wrong so far, but {', '.join(step.name for step in undone)} could not be checked{warning}"
+    if missing:
+        return f"NOT ENOUGH {at}: nothing is wrong so far, but {missing}{warning}"
     return f"authentic {at}{warning}"
 
 

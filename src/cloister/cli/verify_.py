@@ -30,9 +30,12 @@ class _Hex(click.ParamType[bytes]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
         try:
-            return bytes.fromhex(str(value))
+            found = bytes.fromhex(str(value))
         except ValueError:
             self.fail(f"{value!r} is not hexadecimal", param, ctx)
+        if not found:  # a variable of a script that was never set, most often
+            self.fail("an empty nonce asks for nothing; leave the option out", param, ctx)
+        return found
 
 
 @click.command("verify", short_help="Check hardware evidence, a sealed volume or a receipt.")
@@ -40,9 +43,9 @@ class _Hex(click.ParamType[bytes]):
 @click.option("--at", type=_Time(), help="Judge evidence at this time (RFC 3339).  [default: now]")
 @click.option(
     "--collateral",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     multiple=True,
-    help="Vendor collateral: a file of the vendor, or one that `cloister collateral export` wrote.",
+    help="Vendor collateral: a file of the vendor, a snapshot, or a store (`cloister collateral`).",
 )
 @click.option(
     "--policy",

@@ -10,12 +10,12 @@ by other rules than they do. Pure: files are bytes already.
 
 Roles by kind (the layout of the manifest):
   dcap     quote, collateral?, ccel?
-  snp      report, leaf; or roles that are PEM chains by product
+  snp      report, leaf (or vcek, vlek, table), crl?; or roles that are PEM chains by product
   azure    evidence
   tpm      q.msg/q.sig/q.pcrs/ak.pub/nonce/binary_runtime_measurements, or ak_pub/ak_cert/ak_issuer/sha1/sha256/sha384/eventlog,
-           or evidence, or eventlog
-  nvidia   report, chain, driver_rim?, vbios_rim?, ocsp_*?; or rim; or eat
-  nitro    doc
+           or evidence, or eventlog; crl?
+  nvidia   report, chain, driver_rim?, vbios_rim?, ocsp_*?; or rim; or eat, jwks?
+  nitro    doc, crl?
   cca      token, cpak
 """
 
@@ -29,7 +29,8 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Final, Literal
 
-from cloister.attestation.endorsements import Endorsements
+from cloister.attestation.endorsements import Endorsements, UnendorsedError
+from cloister.attestation.events import fold
 from cloister.attestation.roots import Roots
 from cloister.attestation.types import Claims, Evidence
 from cloister.attestation.verify import steps_of, verify
@@ -53,6 +54,9 @@ class Case:
     roots: Roots = field(default_factory=Roots)
     collateral: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
     """Further files that the caller offers as collateral, by file name."""
+    vouched: frozenset[str] | None = None
+    """Roles of files that the relying party itself stands for; None: all of them, as whoever writes a manifest does. A key
+    that came with the evidence proves nothing about hardware."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,8 @@ class Observation:
     error: EvidenceError | None = None
     fields: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Decoded fields for people, in reading order."""
+    soft: bool = False
+    """A published test root vouches for it, where there are no claims to say so."""
 
 
 def trace(
@@ -87,7 +93,9 @@ def trace(
 ) -> tuple[Step, ...]:
     """Return `steps` (a verifier's `STEPS`) with their states: those before the first refusing one passed.
 
-    A reason belongs to the step whose name is the longest prefix of its `where`.
+    A reason belongs to the step whose name is the longest prefix of its `where`. Verifiers read certificates, lists and manifests
+    before they judge anything, and look for collateral when they need it: after a refusal because something does not parse or is
+    not there, no step is said to have passed.
     """
     failed: dict[str, str] = {}
     for reason in error.reasons if error is not None else ():
@@ -96,7 +104,7 @@ def trace(
             name = max(names, key=len)
             failed[name] = f"{failed[name]}; {reason}" if name in failed else str(reason)
     found: list[Step] = []
-    over = False
+    over = isinstance(error, UnendorsedError) or (error is not None and error.code == "evidence-malformed")
     for name, text in steps.items():
         if name in failed:
             found.append(Step(name, "failed", f"{text}: {failed[name]}"))
@@ -130,14 +138,43 @@ def observe(case: Case) -> Observation:
     return observer(case)
 
 
-def observe_evidence(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Observation:
-    """Return what came out of evidence in our own format: `verify`, told step by step."""
+FRESHNESS: Final = "freshness"
+
+
+def observe_evidence(
+    evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime, nonce: bytes | None = None
+) -> Observation:
+    """Return what came out of evidence in our own format: `verify`, told step by step.
+
+    `nonce` is what the CPU's evidence must be over, alone or with zeros after it, and with its log where the hardware has no
+    register for that. Devices are over something else that only their binding says, so with devices that step is *not done*.
+    """
     steps = steps_of(evidence)
     try:
         claims = verify(evidence, endorsements, roots, now=now)
     except EvidenceError as error:
         return Observation({"authentic": False}, trace(steps, error), error=error)
-    return Observation({"authentic": True, "debug": claims.debug, "tcb": claims.tcb_status}, trace(steps, None), claims)
+    facts = {"authentic": True, "debug": claims.debug, "tcb": claims.tcb_status}
+    told = trace(steps, None)
+    if nonce is None:
+        return Observation(facts, told, claims)
+    wanted = nonce.ljust(len(claims.report_data), b"\x00")
+    if claims.log_in == "report-data" and len(wanted) == 64:
+        wanted = fold(wanted, claims.events)
+    if not nonce or claims.report_data != wanted:
+        reason = Reason(FRESHNESS, claims.report_data.hex() or "nothing", wanted.hex() or "a nonce")
+        stale = EvidenceError("the evidence is not fresh", code="evidence-stale", reasons=[reason])
+        told += (Step(FRESHNESS, "failed", str(reason)),)
+        return Observation(facts | {"authentic": False}, told, error=stale)
+    if evidence.devices:
+        told += (
+            Step(
+                FRESHNESS, "not done", "the devices answer the nonce, too: `check_binding` can say it, a nonce cannot"
+            ),
+        )
+    else:
+        told += (Step(FRESHNESS, "passed", "the evidence is over the nonce that was asked for"),)
+    return Observation(facts, told, claims)
 
 
 def need(case: Case, *roles: str) -> tuple[bytes, ...]:

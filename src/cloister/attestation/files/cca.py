@@ -3,6 +3,9 @@
 Facts: `authentic`, `debug`. The case itself names the platform's key: that key, and no other, is pinned for it. A key whose
 private half is public (Arm's TEST key) makes the claims soft, and the fields say so. A case that states its nonce is also
 fresh: the realm's challenge is the nonce, padded with zeros to 64 bytes.
+
+A key that came with the token (`Case.vouched`) pins nothing, because everybody can make such a pair: that step is *not done*, and there
+are no claims to appraise.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ KIND: Final = "cca"
 
 TOKEN, CPAK = "token", "cpak"
 
+_CPAK: Final = "cca.2-cpak"
 _FRESH: Final = "cca.8-nonce"
 STEPS: Final[Mapping[str, str]] = {**cca.STEPS, _FRESH: "the realm's challenge is the nonce that was asked for"}
 
@@ -55,12 +59,17 @@ def observe(case: Case) -> Observation:
     facts: dict[str, object] = {"authentic": claims is not None}
     if token is not None:
         facts["debug"] = token.platform.lifecycle >> 8 != cca.SECURED
+    not_done = frozenset() if case.nonce is not None else frozenset({_FRESH})
+    believed = case.vouched is None or CPAK in case.vouched
+    if not believed:
+        not_done |= {_CPAK}
     return Observation(
         facts=facts,
-        steps=trace(STEPS, error, not_done=frozenset() if case.nonce is not None else frozenset({_FRESH})),
-        claims=claims,
+        steps=trace(STEPS, error, not_done=not_done),
+        claims=claims if believed else None,
         error=error,
         fields=_fields(token, claims) if token is not None else {},
+        soft=claims is not None and claims.soft,
     )
 
 

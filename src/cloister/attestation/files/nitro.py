@@ -20,6 +20,7 @@ from cloister.errors import EvidenceError, Reason
 KIND: Final = "nitro"
 
 ROLE: Final = "doc"
+CRL: Final = "crl"
 
 _FRESH: Final = "nitro.7-nonce"
 STEPS: Final[Mapping[str, str]] = {**nitro.STEPS, _FRESH: "the document has the nonce that was asked for"}
@@ -36,8 +37,8 @@ def observe(case: Case) -> Observation:
         offered = Endorsements(
             tuple(
                 Endorsement(KIND, f"crl/{name}", content)
-                for name, content in case.collateral.items()
-                if name.endswith(".crl")
+                for name, content in (*case.collateral.items(), *case.files.items())
+                if name.endswith(".crl") or name == CRL
             )
         )
         claims = nitro.verify(Evidence(KIND, data), offered, case.roots, now=case.now)

@@ -38,12 +38,19 @@ from cloister.attestation.nvidia.verify import STEPS
 from cloister.attestation.pki import ocsp
 from cloister.attestation.pki.certificate import from_pem
 from cloister.attestation.types import Evidence
-from cloister.errors import EvidenceError, Reason
+from cloister.errors import EvidenceError, InputError, Reason
 
 KIND: Final = "nvidia"
 
-RIM_STEPS: Final = MappingProxyType({name: STEPS[name] for name in (RIM, SIGNERS)})
+RIM_STEPS: Final = MappingProxyType(
+    {RIM: "The manifest is signed by NVIDIA, and its certificates are valid now.", SIGNERS: STEPS[SIGNERS]}
+)
 NONCE: Final = "nvidia-gpu.6-nonce"
+REPORT_STEPS: Final = MappingProxyType({**STEPS, NONCE: "The report answers the nonce that was asked for."})
+_ASKED: Final = "nras.5-nonce"
+FOUND: Final = "nras.7-result"
+EAT_STEPS: Final = MappingProxyType({**nvidia_eat.STEPS, FOUND: "The service found the devices good."})
+_MANIFESTS: Final = ("rim", "driver_rim", "vbios_rim")
 _HEX: Final = re.compile(rb"\s*(?:[0-9A-Fa-f]{2}\s*)+")
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/=\s]+")
 
@@ -51,6 +58,12 @@ _BASE64: Final = re.compile(rb"[A-Za-z0-9+/=\s]+")
 def observe(case: Case) -> Observation:
     """Return what the files in `case` prove at `case.now`."""
     if "eat" in case.files:
+        beside = sorted(set(case.files) & {"report", *_MANIFESTS})
+        if beside:  # a service's word about one device would stand for a report that nobody looked at
+            raise InputError(
+                "a token of NVIDIA's service is evidence of its own",
+                reasons=[Reason("files", f"eat and {', '.join(beside)}", "one of them at a time")],
+            )
         return _eat(case)
     if "report" in case.files:
         return _report(case)
@@ -64,28 +77,31 @@ def _report(case: Case) -> Observation:
         fields = _fields(evidence)
         not_done = missing(evidence, found)
     except EvidenceError as error:
-        return Observation({"authentic": False}, trace(STEPS, error), error=error)
+        return Observation({"authentic": False}, trace(REPORT_STEPS, error), error=error)
     try:
         complete = not not_done
         if not case.nonce:
             not_done |= {NONCE}
         outcome = examine(evidence, found, case.roots, now=case.now, complete=complete, nonce=case.nonce or None)
     except EvidenceError as error:
-        return Observation({"authentic": False}, trace(STEPS, error, not_done=not_done), error=error, fields=fields)
+        return Observation(
+            {"authentic": False}, trace(REPORT_STEPS, error, not_done=not_done), error=error, fields=fields
+        )
     facts: dict[str, object] = {"authentic": True, "signature": True, "debug": outcome.claims.debug}
     if outcome.golden:
         facts["golden"] = outcome.golden
-    return Observation(facts, trace(STEPS, None, not_done=not_done), outcome.claims, fields=fields)
+    return Observation(facts, trace(REPORT_STEPS, None, not_done=not_done), outcome.claims, fields=fields)
 
 
 def _manifest(case: Case) -> Observation:
     data = case.files.get("rim", case.files.get("driver_rim", case.files.get("vbios_rim", b"")))
     reasons: list[Reason] = []
+    kind = ""
     try:
         rim = nvidia_rim.read(data, where=RIM)
         responses = _responses(case)
         try:
-            nvidia_rim.check(rim, case.roots, now=case.now, where=RIM)
+            kind, _ = nvidia_rim.check(rim, case.roots, now=case.now, where=RIM)
         except EvidenceError as error:
             reasons += error.reasons
         if responses:
@@ -106,7 +122,12 @@ def _manifest(case: Case) -> Observation:
         "signer": rim.chain[0].subject,
     }
     not_done = frozenset() if responses else frozenset({SIGNERS})
-    return Observation({"authentic": True}, trace(RIM_STEPS, None, not_done=not_done), fields=MappingProxyType(fields))
+    return Observation(
+        {"authentic": True},
+        trace(RIM_STEPS, None, not_done=not_done),
+        fields=MappingProxyType(fields),
+        soft=kind.startswith("soft-"),
+    )
 
 
 def _eat(case: Case) -> Observation:
@@ -115,7 +136,7 @@ def _eat(case: Case) -> Observation:
         bundle = nvidia_eat.read_bundle(case.files["eat"])
     except EvidenceError as error:
         facts = {"parse": error.code != "evidence-malformed", "authentic": False}
-        return Observation(facts, trace(nvidia_eat.STEPS, error), error=error)
+        return Observation(facts, trace(EAT_STEPS, error), error=error)
     fields = {
         f"{name}.{claim}": str(value)
         for name, token in bundle.devices.items()
@@ -125,22 +146,28 @@ def _eat(case: Case) -> Observation:
     body = bundle.platform.body
     if "jwks" not in case.files:
         # without keys nobody said anything; only that the parts belong together is known
-        not_done = frozenset(signed | {"nras.5-nonce", "nras.6-time"})
+        not_done = frozenset(signed | {_ASKED, "nras.6-time", FOUND})
         fields |= {"kid": bundle.platform.key_id, "nonce": str(body.get("eat_nonce"))}
-        return Observation(
-            {"parse": True}, trace(nvidia_eat.STEPS, None, not_done=not_done), fields=MappingProxyType(fields)
-        )
+        return Observation({"parse": True}, trace(EAT_STEPS, None, not_done=not_done), fields=MappingProxyType(fields))
     text = body.get("eat_nonce")
     try:
         nonce = case.nonce if case.nonce else bytes.fromhex(text) if isinstance(text, str) else b""
     except ValueError:
         nonce = b""
+    # without a nonce the tokens are compared with each other only
+    not_done = frozenset() if case.nonce else frozenset({_ASKED})
     try:
         result = nvidia_eat.verify_bundle(bundle, case.files["jwks"], now=case.now, nonce=nonce)
+        if not result.overall:
+            raise EvidenceError(
+                "the service did not find the devices good",
+                code="evidence-not-authentic",
+                reasons=[Reason(FOUND, "x-nvidia-overall-att-result false", "true")],
+            )
     except EvidenceError as error:
-        return Observation({"parse": True, "authentic": False}, trace(nvidia_eat.STEPS, error), error=error)
-    facts = {"parse": True, "authentic": result.overall}
-    return Observation(facts, trace(nvidia_eat.STEPS, None), fields=MappingProxyType(fields))
+        return Observation({"parse": True, "authentic": False}, trace(EAT_STEPS, error, not_done=not_done), error=error)
+    facts = {"parse": True, "authentic": True}
+    return Observation(facts, trace(EAT_STEPS, None, not_done=not_done), fields=MappingProxyType(fields))
 
 
 def unhex(data: bytes) -> bytes:

@@ -33,6 +33,20 @@ PRIMARY: Final = {
 }
 """Kind -> the roles that make a case by themselves, the most telling first; every other role explains one of them."""
 
+READ: Final[Mapping[str, frozenset[str]]] = {
+    "dcap": frozenset({"quote", "collateral", "ccel"}),
+    "snp": frozenset({"report", "leaf", "vcek", "vlek", "table", "crl"}),
+    "azure": frozenset({"evidence", "collateral", "crl"}),
+    "tpm": frozenset(
+        {"q.msg", "q.sig", "q.pcrs", "ak.pub", "ak.name", "nonce", "ak_pub", "ak_cert", "ak_issuer", "sha1", "sha256", "sha384",
+         "evidence", "hello", "quote", "eventlog", "binary_runtime_measurements", "crl"}
+    ),
+    "nvidia": frozenset({"report", "chain", "driver_rim", "vbios_rim", "rim", "eat", "jwks"}),
+    "nitro": frozenset({"doc", "crl"}),
+    "cca": frozenset({"token", "cpak"}),
+}  # fmt: skip
+"""Kind -> the roles that some step reads, besides vendor chains and OCSP responses."""
+
 _INTEL_QE: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/=\s]+")
 
@@ -89,7 +103,8 @@ def assemble(named: Iterable[tuple[str, bytes]]) -> Assembled:
     A role that is written out is believed; every other file is sniffed.
 
     Raises:
-        InputError: a file that is not known, no file that is evidence, evidence of two kinds, or one role twice.
+        InputError: a file that is not known, no file that is evidence, evidence of two kinds, one role twice, or a file that no
+            step would read: whoever gave it would take what it says for judged.
     """
     guesses: list[tuple[str, str, str, bytes]] = []
     reasons: list[Reason] = []
@@ -115,8 +130,13 @@ def assemble(named: Iterable[tuple[str, bytes]]) -> Assembled:
         if kind in ("snp", "azure") and role == "chain":
             chain += data + b"\n"
             continue
-        if role == "ocsp":
+        if role == "ocsp" and kind == "nvidia":
             role = f"ocsp_{sum(each.startswith('ocsp') for each in files)}"
+        elif role not in READ[kind] and not (kind == "nvidia" and role.startswith("ocsp_")):
+            wanted = f"one of {', '.join(sorted(READ[kind]))}"
+            raise InputError(
+                f"no step of {kind} evidence reads a file of role {role}", reasons=[Reason(name, role, wanted)]
+            )
         if role in files:
             raise InputError("two files have the same role", reasons=[Reason(name, f"a second {role}", "one of each")])
         files[role] = data

@@ -205,7 +205,7 @@ def _roots(case: Case, given: Given) -> Roots:
 def _collateral(case: Case) -> Endorsements:
     """Return authorities and revocation lists that the caller offers; enrolment notes only under their subject."""
     items = []
-    for name, data in case.collateral.items():
+    for name, data in (*case.collateral.items(), *((role, data) for role, data in case.files.items() if role == "crl")):
         if name.startswith("ak/"):
             items.append(Endorsement(KIND, name, data))
         elif name.endswith((".crl", "crl")):

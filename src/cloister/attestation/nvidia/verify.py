@@ -54,7 +54,7 @@ STEPS: Final[Mapping[str, str]] = MappingProxyType(
         "nvidia-gpu.3-revocation": "A current OCSP answer says good for every certificate that an authority issued.",
         "nvidia-gpu.4-fwid": "The firmware named in the report is the firmware that owns the key.",
         "nvidia-gpu.5-signature": "The device's key signed the request and the response.",
-        "nvidia-gpu.6-nonce": "The report answers the nonce that was asked for.",
+        "nvidia-gpu.6-nonce": "The nonce that the report answers is read; the binding says whether it was ours.",
         "nvidia-gpu.7-rim": "The manifests of this driver and this VBIOS are signed by NVIDIA and current.",
         "nvidia-gpu.8-signers": "A current OCSP answer says good for every signer of the manifests.",
         "nvidia-gpu.9-measurements": "Every golden measurement is in the report with an accepted value.",
