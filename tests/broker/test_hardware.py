@@ -14,6 +14,7 @@ from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import attest
 from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.roots import Roots
+from cloister.attestation.soft import cca as soft_cca
 from cloister.attestation.soft import intel
 from cloister.attestation.types import Claims, Evidence
 from cloister.broker import decide, wire
@@ -369,9 +370,18 @@ def test_root_files_become_pins(tmp_path: Path) -> None:
     pin = wire.sha256(der).hex()
     found = root_pins([("tdx", str(tmp_path / "root.der")), ("tdx", str(tmp_path / "root.pem"))])
     assert found == {"tdx": frozenset({pin})}
+    platform = soft_cca.platform()
+    (tmp_path / "cpak.der").write_bytes(platform.spki)
+    assert root_pins([("cca", str(tmp_path / "cpak.der"))]) == {"cca": frozenset({wire.sha256(platform.spki).hex()})}
     (tmp_path / "two.pem").write_bytes(pem * 2)
     (tmp_path / "none").write_bytes(b"x")
-    for kind, name in (("tdx", "two.pem"), ("tdx", "none"), ("tdx", "absent"), ("tdy", "root.der")):
+    for kind, name in (
+        ("tdx", "two.pem"),
+        ("tdx", "none"),
+        ("tdx", "absent"),
+        ("tdy", "root.der"),
+        ("cca", "root.pem"),
+    ):
         with pytest.raises(InputError):
             root_pins([(kind, str(tmp_path / name))])
 

@@ -145,16 +145,17 @@ class Trust:
             reasons.append(Reason("broker.roots", ", ".join(strange), trusted, hint))
         return tuple(reasons)
 
-    def collateral(self, now: datetime) -> Endorsements:
+    def collateral(self, now: datetime, *kinds: str) -> Endorsements:
+        """Return what endorses evidence of `kinds` (default: all): yours, and for soft TEEs what is made here."""
         if not (self.allow_soft and self.roots.soft):
             return self.endorsements
         from cloister.attestation.edge.collateral import soft_collateral
 
-        return self.endorsements | soft_collateral(now)
+        return self.endorsements | soft_collateral(now, *kinds)
 
 
 def root_pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
-    """Return `Roots.also` for (kind of evidence, file of one root certificate, PEM or DER).
+    """Return `Roots.also` for (kind of evidence, file of one root certificate, PEM or DER; for `cca` of a platform key).
 
     Raises:
         InputError: an unknown kind, or a file that cannot be read or is not one certificate.
@@ -169,15 +170,21 @@ def root_pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, frozenset[str]]:
             )
         try:
             data = Path(name).read_bytes()
-            if data.startswith(b"-----"):
+            if kind == "cca":
+                from cloister.attestation.cca.verify import spki_sha256
+
+                pin = spki_sha256(data)
+            elif data.startswith(b"-----"):
                 (root,) = certificate.from_pem(data, where="root", most=1)
+                pin = wire.sha256(root.der).hex()
             else:
-                root = certificate.from_der(data, where="root")
+                pin = wire.sha256(certificate.from_der(data, where="root").der).hex()
         except EvidenceError as error:
-            raise InputError(f"{name} is not one certificate", reasons=error.reasons, hint="PEM or DER") from error
+            what = "platform key (JWK or DER)" if kind == "cca" else "certificate (PEM or DER)"
+            raise InputError(f"{name} is not one {what}", reasons=error.reasons) from error
         except OSError as error:
             raise InputError(f"cannot read the root certificate {name}: {error.strerror}") from error
-        pins.setdefault(kind, set()).add(wire.sha256(root.der).hex())
+        pins.setdefault(kind, set()).add(pin)
     return MappingProxyType({kind: frozenset(values) for kind, values in pins.items()})
 
 
@@ -592,7 +599,8 @@ class BrokerClient:
         binding = Binding("broker", request.nonce, reply.key, spki, request=request.hashed())
         try:
             evidence = evidence_format.decode(reply.evidence)
-            claims = verify(evidence, self._trust.collateral(now), self._trust.roots, now=now)
+            kinds = (evidence.kind, *(device.kind for device in evidence.devices))
+            claims = verify(evidence, self._trust.collateral(now, *kinds), self._trust.roots, now=now)
         except EvidenceError as error:
             raise self._with_skew(error) from error
         reasons = check_binding(claims, binding.over(evidence.devices)) + tuple(  # 3, 4

@@ -207,7 +207,8 @@ class ServiceClient:
         reply = HelloReply.decode(self._post("service", request.encode()))
         now = self._clock()
         evidence = evidence_format.decode(reply.evidence)
-        claims = verify(evidence, self._trust.collateral(now), self._trust.roots, now=now)  # 1
+        kinds = (evidence.kind, *(device.kind for device in evidence.devices))
+        claims = verify(evidence, self._trust.collateral(now, *kinds), self._trust.roots, now=now)  # 1
         binding = Binding(
             "service",
             request.nonce,
