@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from cloister.attestation.appraise import appraise
 from cloister.attestation.binding import check_binding
+from cloister.attestation.edge import tpmclient
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.files import Case
 from cloister.attestation.files import tpm as files
@@ -41,6 +42,7 @@ from cloister.attestation.verify import VERIFIERS, verify
 from cloister.crypto.canonical import cbor_decode, cbor_encode
 from cloister.errors import EvidenceError
 from cloister.testkit.softtee import NOW, SOFT_ROOTS, binding, workload
+from tests.attestation.fakes import SwTpm
 from tests.attestation.helpers import SHARED, refusal, value_or_malformed
 
 VECTORS = SHARED / "vectors"
@@ -301,6 +303,31 @@ def test_a_note_with_changed_attributes_is_of_another_name() -> None:
         BARE.ak_key.public_key(), attributes=soft.AK_ATTRIBUTES | 1 << 11, scheme=tpm_format.ECDSA
     )
     refused("tpm.3-identity", evidence(BARE, parts={"ak": wide}), noted())
+
+
+def test_a_key_of_another_hierarchy_passes_no_floor_for_firmware() -> None:
+    """With an AK of the owner's hierarchy a TPM adds secret numbers to its firmware version: nearly every floor is passed."""
+    policy = Policy("p", "attested-host", min_svn={"tpm": {"firmware": soft.FIRMWARE}}, accept=frozenset({"simulated"}))
+    rules = {}
+    for hierarchy in (tpm_verify.ENDORSEMENT, tpm_verify.PLATFORM, 0x40000001, 0x40000007):
+        claims = judged(evidence(hierarchy=hierarchy))
+        rules[hierarchy] = {reason.where for reason in appraise(claims, policy)} - {"p.boot"}
+        assert claims.svns["reset_count"] == 1
+    assert list(rules.values()) == [set(), set(), {"p.min_svn.firmware"}, {"p.min_svn.firmware"}]
+
+
+@pytest.mark.parametrize("hierarchy", [tpmclient.ENDORSEMENT, tpmclient.OWNER, tpmclient.NULL])
+def test_swtpm_says_of_which_hierarchy_a_key_is(hierarchy: int, tmp_path: Path) -> None:
+    swtpm = SwTpm(tmp_path)
+    try:
+        with tpmclient.Tpm(swtpm.transport) as tpm, tpm.primary(tpmclient.ak_template(), hierarchy) as ak:
+            attest, _ = tpm.quote(ak, bytes(32), (tpm_format.Selection("sha256", (0,)),))
+            public = tpm_format.parse_public(ak.public, where="test")
+    finally:
+        swtpm.stop()
+    found = tpm_format.parse_attest(attest, where="test")
+    assert tpm_verify._plain_numbers(public, found) == (hierarchy == tpmclient.ENDORSEMENT)
+    assert (found.reset_count < 10) == (hierarchy == tpmclient.ENDORSEMENT)
 
 
 def test_a_soft_half_makes_the_whole_soft() -> None:
@@ -746,9 +773,10 @@ def test_no_flipped_bit_of_quote_key_or_values_is_accepted() -> None:
                 if error.code not in ("evidence-malformed", "evidence-not-authentic"):
                     raise
                 continue
-            # a certificate names the key, not its attributes: spare ones make no difference, and no other machine
+            # a certificate names the key, not its attributes: spare ones make no other machine, they only lose a number
             assert part == "ak"
-            assert claims == judged(true)
+            assert claims.svns == {"reset_count": 1, "restart_count": 0}
+            assert replace(claims, svns=judged(true).svns) == judged(true)
 
 
 def test_no_flipped_bit_of_an_enrolled_key_is_accepted() -> None:

@@ -314,6 +314,7 @@ def quote(
     signature_hash: str = "sha256",
     magic: int = tpm_format.GENERATED,
     kind: int = tpm_format.QUOTE,
+    hierarchy: int = tpm_verify.ENDORSEMENT,
 ) -> bytes:
     """Return TPM2B_ATTEST || TPMT_SIGNATURE over `pcrs`: all of them, or those `selected`.
 
@@ -321,13 +322,14 @@ def quote(
         report_data: qualifyingData.
         digest: what stands where the PCR digest belongs.
         signature_hash: `sha1` is the fault that a verifier must refuse.
+        hierarchy: handle of the one that the AK is a primary key of.
         magic, kind: what stands where TPM_GENERATED and the type of a quote belong.
     """
     chosen = tuple(sorted(pcrs if selected is None else selected))
     if digest is None:
         digest = hashlib.new(signature_hash, b"".join(pcrs[index] for index in chosen)).digest()
     selection = tpm_format.encode_selection((tpm_format.Selection(bank, chosen),))
-    signer = b"\x00\x0b" + hashlib.sha256(struct.pack(">I", 0x40000001) + machine.name).digest()
+    signer = b"\x00\x0b" + hashlib.sha256(struct.pack(">I", hierarchy) + machine.name).digest()
     attest = b"".join(
         (
             struct.pack(">IH", magic, kind),

@@ -46,8 +46,11 @@ class Identity:
     root: str
     """SHA-256 (hex) of the certificate that the relying party believes."""
     until: datetime
+    """When the first certificate ends."""
     chain: tuple[str, ...]
     """For people: `Claims.chain`."""
+    listed_until: datetime | None = None
+    """When the first revocation list that counted ends; None: there was none."""
 
 
 def split(data: bytes, *, where: str) -> tuple[Certificate, ...]:
@@ -83,9 +86,9 @@ def check(
     tee = choose(KIND, root.der, PINS, roots, where=root_at)
     crls = _lists(endorsements.all(KIND, "crl/"), chain_at)
     until = check_path(found, now=now, where=chain_at, crls=crls, anchored=True)
-    _current(found, crls, now, chain_at)
+    listed_until = _current(found, crls, now, chain_at)
     _in_order(chain, chain_at)
-    return Identity(tee, sha256(root.der).hexdigest(), until, describe(found))
+    return Identity(tee, sha256(root.der).hexdigest(), until, describe(found), listed_until)
 
 
 def usages(certificate: Certificate) -> frozenset[str]:
@@ -174,16 +177,28 @@ def _lists(data: tuple[bytes, ...], where: str) -> tuple[RevocationList, ...]:
     return tuple(crl.from_der(each, where=where) for each in data)
 
 
-def _current(chain: tuple[Certificate, ...], crls: tuple[RevocationList, ...], now: datetime, where: str) -> None:
-    """Refuse a chain whose issuer has a list here that is not current: an old list must not pass for none."""
+def _current(
+    chain: tuple[Certificate, ...], crls: tuple[RevocationList, ...], now: datetime, where: str
+) -> datetime | None:
+    """Refuse a chain whose issuer has a list here that is not current: an old list must not pass for none. Return when the
+    first of them ends, None without lists; of one issuer's, the last counts."""
+    ends: list[datetime] = []
     for index, certificate in enumerate(chain[:-1]):
-        problems = [each.problem(chain[index + 1], now) for each in crls if each.issuer_der == certificate.issuer_der]
+        lists = [each for each in crls if each.issuer_der == certificate.issuer_der]
+        problems = [each.problem(chain[index + 1], now) for each in lists]
         if problems and None not in problems:
             raise EvidenceError(
                 "a revocation list of a TPM key's issuer is not current",
                 code="evidence-not-authentic",
                 reasons=[Reason(f"{where}.revocation", str(problems[0]), "a current one", "fetch fresh collateral")],
             )
+        current = [
+            each.next_update
+            for each, problem in zip(lists, problems, strict=True)
+            if problem is None and each.next_update is not None
+        ]
+        ends += [max(current)] if current else []
+    return min(ends, default=None)
 
 
 @lru_cache(maxsize=256)

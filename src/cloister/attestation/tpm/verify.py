@@ -32,7 +32,8 @@ Not checked on purpose:
     host anyhow, which is why its kind is `attested-host` and never `tee`
   - attributes of an AK under a certificate: the certificate names the key only, so its authority answers for them. Those that
     came are checked all the same; an enrolment holds for the name, which covers them
-  - `safe`, resetCount, restartCount, firmware version: claims, for a policy
+  - `safe`, resetCount, restartCount, firmware version: claims, for a policy. Firmware only where the AK is a primary key of the
+    endorsement hierarchy; with others the TPM blurs it, and the counters are good for comparing with earlier ones only
   - PCRs of SHA-1 banks: quoted values are checked like others and then dropped; SHA-1 signs nothing here
   - files against an allow list: `tpm/host.py`, with the relying party's list
 """
@@ -95,6 +96,9 @@ FIRMWARE: Final = range(8)
 RUNTIME: Final = 15
 """PCR of runtime events. systemd's `pcrmachine` and `pcrfs` extend it too: a host for this does not enable them."""
 PCRS_LIMIT: Final = 8192
+ENDORSEMENT: Final = 0x4000000B
+PLATFORM: Final = 0x4000000C
+"""TPM_RH handles, part 2, 7.4."""
 
 
 def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now: datetime) -> Claims:
@@ -148,6 +152,9 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
         aggregate = ima.boot_aggregate(pcrs[index] for index in BOOT)
         measurements["boot_aggregate"] = aggregate
         boot = f"sha256:{aggregate.hex()}"
+    svns = {"reset_count": found_attest.reset_count, "restart_count": found_attest.restart_count}
+    if _plain_numbers(ak, found_attest):
+        svns["firmware"] = found_attest.firmware
     return Claims(
         kind="attested-host",
         tee=tee,
@@ -156,13 +163,7 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
         report_data=found_attest.extra_data,
         measurements=MappingProxyType(measurements),
         launch="boot_aggregate" if boot is not None else "",
-        svns=MappingProxyType(
-            {
-                "reset_count": found_attest.reset_count,
-                "restart_count": found_attest.restart_count,
-                "firmware": found_attest.firmware,
-            }
-        ),
+        svns=MappingProxyType(svns),
         attributes=MappingProxyType(attributes),
         events=evidence.events,
         boot_log=boot_log,
@@ -170,6 +171,19 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
         boot=boot,
         chain=chain,
         valid_until=until,
+    )
+
+
+def _plain_numbers(ak: Public, attest: Attest) -> bool:
+    """Return whether the AK is a primary key of the endorsement or platform hierarchy: the TPM says so in the signer's name.
+
+    With a key of another hierarchy a TPM adds a secret number to its firmware version and counters (part 2,
+    10.12.12): a host that made its AK there would pass every floor. Of a child key nothing here says where it hangs.
+    """
+    algorithm = ak.name_algorithm
+    return any(
+        attest.signer == ak.name[:2] + hashlib.new(algorithm, handle.to_bytes(4, "big") + ak.name).digest()
+        for handle in (ENDORSEMENT, PLATFORM)
     )
 
 
@@ -283,7 +297,7 @@ def identity(
             certificates, endorsements, roots, now=now, chain_at="tpm.4-chain", root_at="tpm.5-root"
         )
         chain = identity.chain
-        until = identity.until if until is None else min(until, identity.until)
+        until = min(each for each in (until, identity.until, identity.listed_until) if each is not None)
         # soft in either half is soft
         tee = identity.tee if identity.tee != KIND else tee
     return tee, until, chain, platform
