@@ -39,6 +39,7 @@ VERBS: Final = {
     "audit": "Check the broker's log and your receipts, offline.",
     "witness": "Co-sign the log's checkpoints so that it cannot be rolled back or forked.",
     "verify": "Check hardware evidence, a sealed volume or a receipt.",
+    "collateral": "Keep, fetch and carry what hardware vendors publish.",
 }
 
 

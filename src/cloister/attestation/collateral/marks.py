@@ -10,8 +10,8 @@ A mark is a name and the highest number seen under it:
 | `ocsp/<issuer>/<serial>` | thisUpdate, seconds since 1970 | RFC 6960, 4.2.2.1 |
 | `<any of these but ocsp>/time` | issueDate or thisUpdate, seconds since 1970 | |
 
-`<root>` and `<issuer>` are the first 128 bits of the SHA-256 of the public key that answers for the number, so authorities do not
-share marks: whoever holds a published test key moves test marks only. Manifests (RIM), certificates and keys have no number.
+`<root>` and `<issuer>` are the first 128 bits of the SHA-256 of public key and name (DER) of who answers for the number, so authorities
+do not share marks: whoever holds a published test key moves test marks only. Manifests (RIM), certificates and keys have no number.
 
 Rules of `numbers`, because a forged high number must not lock genuine collateral out for ever:
   1 root        the chain ends at a pinned root (or at one that the relying party pins) and holds at `now`
@@ -245,7 +245,7 @@ def _holds(chain: tuple[Certificate, ...], now: datetime, *, anchored: bool = Fa
 
 
 def _key(authority: Certificate) -> str:
-    return hashlib.sha256(authority.spki).hexdigest()[:32]
+    return hashlib.sha256(authority.spki + authority.subject_der).hexdigest()[:32]
 
 
 def _seconds(moment: datetime) -> int:

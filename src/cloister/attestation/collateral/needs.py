@@ -19,8 +19,11 @@ from itertools import pairwise
 from typing import Final, Literal
 
 from cloister.attestation.azure import format as azure_format
+from cloister.attestation.dcap import collateral as dcap
 from cloister.attestation.dcap import pck
+from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.nvidia import examine as nvidia
+from cloister.attestation.nvidia import rim as nvidia_rim
 from cloister.attestation.pki import asn1
 from cloister.attestation.pki import certificate as certificates
 from cloister.attestation.pki.certificate import Certificate
@@ -29,9 +32,12 @@ from cloister.attestation.snp import format as snp_format
 from cloister.attestation.snp.format import Line, Signer, Tcb
 from cloister.attestation.tdx import format as tdx_format
 from cloister.attestation.types import Evidence
-from cloister.errors import InputError, Reason
+from cloister.errors import EvidenceError, InputError, Reason
 
 WHERE: Final = "collateral.needs"
+
+LINES: Final[dict[str, Line]] = {"Milan": "Milan", "Genoa": "Genoa", "Turin": "Turin"}
+"""AMD's product lines by name."""
 
 Authority = Literal["processor", "platform"]
 
@@ -100,6 +106,62 @@ def needs(evidence: Evidence, *, line: Line | None = None) -> tuple[Need, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def renewal(endorsements: Endorsements) -> tuple[Need, ...]:
+    """Return what to fetch so that `endorsements` are current again, each once: what ends, and whose certificates are there.
+
+    OCSP responses are asked for where the certificate itself is there, too: signers of manifests, and authorities.
+    """
+    found: list[Need] = []
+    pool = _pool(endorsements)
+    for item in endorsements.items:
+        parts = item.subject.split("/")
+        try:
+            if item.kind in ("tdx", "sgx"):
+                chain = certificates.from_pem(
+                    dcap.parse(item.data, where=WHERE).raw.pck_crl_issuer_chain.encode(), where=WHERE
+                )
+                found.append(
+                    IntelTcb("tdx" if item.kind == "tdx" else "sgx", item.subject, _authority(chain[0].subject))
+                )
+            elif item.kind == "sev-snp" and len(parts) == 2 and parts[0] in LINES and parts[1] in ("vcek", "vlek"):
+                found.append(AmdLine(LINES[parts[0]], "vcek" if parts[1] == "vcek" else "vlek"))
+            elif item.kind == "nvidia-gpu" and parts[0] == "ocsp":
+                found += [each for each in _pairs(pool) if f"{each.certificate.serial:x}" == parts[1]]
+        except EvidenceError:  # what does not parse is renewed by nothing
+            continue
+    return tuple(dict.fromkeys(found))
+
+
+def _pool(endorsements: Endorsements) -> tuple[Certificate, ...]:
+    found: list[Certificate] = []
+    for item in endorsements.items:
+        if item.kind != "nvidia-gpu":
+            continue
+        try:
+            if item.subject.startswith("ca/"):
+                found.append(certificates.from_der(item.data, where=WHERE))
+            elif item.data.lstrip()[:1] == b"<":
+                found += nvidia_rim.read(item.data, where=WHERE).chain
+        except EvidenceError:
+            continue
+    return tuple(dict.fromkeys(found))
+
+
+def _pairs(pool: tuple[Certificate, ...]) -> Iterator[NvidiaAnswer]:
+    for certificate in pool:
+        for issuer in pool:
+            if (
+                certificate != issuer
+                and certificate.issuer_der == issuer.subject_der
+                and certificate.verify_issued_by(issuer)
+            ):
+                yield NvidiaAnswer(certificate, issuer)
+
+
+def _authority(name: str) -> Authority:
+    return "processor" if "Processor" in name else "platform"
+
+
 def _needs(evidence: Evidence, line: Line | None) -> Iterator[Need]:
     match evidence.kind:
         case "tdx" | "sgx":
@@ -128,8 +190,7 @@ def _intel(tee: Literal["sgx", "tdx"], quote: bytes) -> IntelTcb:
     parsed = sgx_format.parse(quote) if tee == "sgx" else tdx_format.parse(quote)
     leaf = pck.load(parsed.certificates, where=WHERE)[0]
     issuer = dict(asn1.name(leaf.issuer_der)).get(asn1.COMMON_NAME, "")
-    authority: Authority = "processor" if "Processor" in issuer else "platform"
-    return IntelTcb(tee, pck.read(leaf, where=WHERE).fmspc.hex().upper(), authority)
+    return IntelTcb(tee, pck.read(leaf, where=WHERE).fmspc.hex().upper(), _authority(issuer))
 
 
 def _amd(data: bytes, evidence: Evidence, line: Line | None) -> Iterator[Need]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from datetime import datetime
 from typing import Any, Final
 
 from cloister.attestation.dcap import collateral as dcap
@@ -62,6 +63,26 @@ def recognise(data: bytes, *, name: str = "") -> tuple[Endorsement, ...]:
         return (_der(base64.b64decode(b"".join(data.split()), validate=True)),)
     except ValueError as error:
         raise _malformed("bytes of no known form") from error
+
+
+def ends(item: Endorsement) -> datetime | None:
+    """Return when the first part of `item` ends, as it says itself; None for what does not end or does not parse."""
+    try:
+        if item.kind in ("sgx", "tdx"):
+            found = dcap.parse(item.data, where=WHERE)
+            lists = (found.root_ca_crl.next_update, found.pck_crl.next_update)
+            return min(found.tcb_info.ends, found.qe_identity.ends, *(each for each in lists if each is not None))
+        if item.subject.startswith("ocsp/"):
+            return ocsp.from_der_response(item.data, where=WHERE).next_update
+        if "crl" in item.subject.split("/"):
+            return revocation.from_der(item.data, where=WHERE).next_update
+        if item.data.lstrip()[:5] == b"-----":
+            return min(each.not_after for each in certificates.from_pem(item.data, where=WHERE))
+        if item.subject.startswith(("ca/", "vcek/", "vlek/")):
+            return certificates.from_der(item.data, where=WHERE).not_after
+    except EvidenceError:
+        pass
+    return None
 
 
 def _json(data: bytes) -> Endorsement:
