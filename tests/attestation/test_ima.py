@@ -464,3 +464,18 @@ def test_a_list_of_swtpm() -> None:
     entries = parse((SWTPM / "binary_runtime_measurements").read_bytes())
     assert [each.template for each in entries] == ["ima-ng"] * 4
     assert ima.replay(entries, "sha256")[10] == (SWTPM / "q.pcrs").read_bytes()[-32:]
+
+
+@pytest.mark.parametrize("template", [b"x|x|d-ng", b"d-ng|x|n-ng", b"d-ng|n-ng|d-ng", b"d-ng|n-ng|n-ng", b"x|n-ng|x"])
+def test_a_renamed_template_cannot_show_a_signature_as_digest_or_path(template: bytes) -> None:
+    """The owner of a file writes security.ima, and the name of a template is not hashed."""
+    good, path = b"\x77" * 32, b"/usr/bin/good"
+    for sig in (b"\x03:sha256:\x00" + good, b"\x03" + path):
+        fields = (b"sha256:\x00" + b"\x66" * 32, b"/tmp/evil\x00", sig)
+        body = b"".join(struct.pack("<I", len(each)) + each for each in fields)
+        for name in (b"ima-sig", template):
+            head = struct.pack("<I", 10) + hashlib.sha1(body).digest() + struct.pack("<I", len(name)) + name
+            (entry,) = ima.parse(head + struct.pack("<I", len(body)) + body, where="t")
+            assert ima.unlisted([entry], frozenset({good})) == (entry,)
+            assert path.decode() not in ima.boot_events([entry])[0].label
+            assert (entry.digest, entry.name) in ((b"\x66" * 32, b"/tmp/evil"), (b"", b""))

@@ -92,6 +92,8 @@ _BANKS: Final = {"sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
 _HEAD: Final = struct.Struct("<I20sI")
 _U32: Final = struct.Struct("<I")
 _SIGNATURES: Final = frozenset({"sig", "evmsig"})
+_BEGINNINGS: Final = frozenset({("d-ng", "n-ng"), ("d-ngv2", "n-ng")})
+_NAMED: Final = frozenset({"d-ng", "d-ngv2", "n-ng", "n"})
 _PADDED: Final = 256
 """IMA_EVENT_NAME_LEN_MAX + 1."""
 
@@ -400,9 +402,11 @@ def _entry(register: int, template: bytes, template_hash: bytes, body: bytes) ->
     kinds = _FIELDS.get(template)
     if kinds is None or name is None:
         name = template.decode("ascii", "replace")
-        if "|" not in name:
-            return Entry(register, name, template_hash, body)  # opaque: it replays, and no list or key admits it
         kinds = tuple(name.split("|"))
+        # nobody hashes the template's name: only where digest and path stand where every template has them, and nowhere else,
+        # can a host not show another field (a signature, which a file's owner writes) as the digest or the path
+        if kinds[:2] not in _BEGINNINGS or _NAMED.intersection(kinds[2:]):
+            return Entry(register, name, template_hash, body)  # opaque: it replays, and no list or key admits it
     at, size = 0, len(body)
     algorithm, digest, path, signature = "", b"", b"", b""
     u32 = _U32.unpack_from
