@@ -101,3 +101,13 @@ def test_soft_claims_are_those_of_a_verified_platform() -> None:
 def test_soft_platforms_move_with_their_clock() -> None:
     later = softtee.NOW + timedelta(days=400)
     assert softtee.SoftPlatform(now=later).claims().tcb_status == "UpToDate"
+
+
+def test_what_ends_first_ends_the_whole() -> None:
+    """The answer about a GPU lives for a day, a CPU's collateral for weeks: the claims of both end with the day."""
+    alone, beside = softtee.SoftPlatform(kind="tdx").claims(), softtee.SoftPlatform(kind="tdx", gpus=("one",)).claims()
+    ends = [device.valid_until for device in beside.devices]
+    assert alone.valid_until is not None
+    assert ends == [beside.valid_until]
+    assert beside.valid_until is not None
+    assert beside.valid_until < alone.valid_until

@@ -42,6 +42,7 @@ FOLDERS: Final[Mapping[str, str]] = MappingProxyType(
         "sev-snp": "snp",
         "sgx": "sgx",
         "tdx": "tdx",
+        "token": "token",
         "tpm": "tpm",
     }
 )
@@ -82,9 +83,9 @@ def steps_of(evidence: Evidence) -> dict[str, str]:
     return steps
 
 
-DEVICES: Final = frozenset({"nvidia-gpu", "tpm"})
-"""Kinds of evidence that may stand in `Evidence.devices`."""
-ONLY: Final = ("device_key", "ak")
+DEVICES: Final = frozenset({"nvidia-gpu", "token", "tpm"})
+"""Kinds of evidence that may stand in `Evidence.devices`; of tokens those about a device."""
+ONLY: Final = ("device_key", "ueid", "ak")
 """Names in `Claims.platform` that two devices of one machine never share."""
 
 
@@ -106,20 +107,33 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
                 code="evidence-malformed",
                 reasons=[Reason(f"evidence.devices.{index}", repr(device.kind), " or ".join(sorted(DEVICES)))],
             )
-        devices.append(replace(_verify(device, endorsements, roots, now=now), kind="device"))
+        found = _verify(device, endorsements, roots, now=now)
+        if device.kind == "token" and found.kind != "device":
+            raise EvidenceError(
+                "a token about a machine is no evidence of a device",
+                code="evidence-malformed",
+                reasons=[Reason(f"evidence.devices.{index}", found.tee, "a token about a device")],
+            )
+        devices.append(replace(found, kind="device"))
     _refuse_twins(devices)
     gpus = [device.gpu for device in devices if device.tee.endswith("nvidia-gpu")]
     confidential = bool(gpus) and all(each == "confidential" for each in gpus)  # one open GPU opens the machine
-    return replace(claims, devices=tuple(devices), gpu="confidential" if confidential else "none")
+    ends = [each.valid_until for each in (claims, *devices) if each.valid_until is not None]
+    return replace(
+        claims,
+        devices=tuple(devices),
+        gpu="confidential" if confidential else "none",
+        valid_until=min(ends, default=None),  # what ends first ends the whole
+    )
 
 
 def _refuse_twins(devices: list[Claims]) -> None:
     """Refuse one device that stands there as two: each answers the same nonce as often as it is asked."""
-    seen: dict[tuple[str, str, str], int] = {}
+    seen: dict[tuple[str, str], int] = {}
     for index, device in enumerate(devices):
         for name in ONLY:
             if name in device.platform:
-                first = seen.setdefault((device.tee, name, device.platform[name]), index)
+                first = seen.setdefault((name, device.platform[name]), index)
                 if first != index:
                     found = f"the same device as evidence.devices.{first}: {name} {device.platform[name]}"
                     raise EvidenceError(
