@@ -330,6 +330,15 @@ def test_swtpm_says_of_which_hierarchy_a_key_is(hierarchy: int, tmp_path: Path) 
     assert (found.reset_count < 10) == (hierarchy == tpmclient.ENDORSEMENT)
 
 
+def test_the_certificate_of_an_endorsement_key_is_none_of_an_attestation_key() -> None:
+    """Both name 2.23.133.8.1 in clouds; the attributes that come with a certificate are the host's words. Its keyUsage is not."""
+    machine = soft.machine()
+    ak = tpm_format.encode_public(machine.ek_key.public_key(), attributes=soft.AK_ATTRIBUTES, scheme=tpm_format.ECDSA)
+    stolen = replace(machine, ak_key=machine.ek_key, ak=ak, ak_chain=machine.ek_chain)
+    assert chains.EK_USAGE in chains.usages(chains.split(stolen.ak_chain, where="test")[0])
+    refused("tpm.3-identity", evidence(stolen))
+
+
 def test_a_soft_half_makes_the_whole_soft() -> None:
     machine = soft.machine()
     note = Endorsements((enrol.endorsement(soft.note(machine, NOW)),))

@@ -102,6 +102,12 @@ def usages(certificate: Certificate) -> frozenset[str]:
         return frozenset()
 
 
+def signs(certificate: Certificate) -> bool:
+    """Return whether keyUsage, where there is one, lets the key sign (RFC 5280, 4.2.1.3); an EK's lets it decrypt only."""
+    value = certificate.extensions.get("2.5.29.15")
+    return value is None or (value[:1] == b"\x03" and len(value) > 3 and bool(value[3] & 0x80))
+
+
 def tpm_names(certificate: Certificate) -> dict[str, str]:
     """Return `manufacturer`, `model` and `version` of the TPM from subjectAltName, as far as they are there."""
     names = {MANUFACTURER: "manufacturer", MODEL: "model", VERSION: "version"}

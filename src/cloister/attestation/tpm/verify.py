@@ -293,6 +293,10 @@ def identity(
             raise _refused(
                 "tpm.3-identity", found, f"a certificate for {chains.AK_USAGE} or {chains.EK_USAGE}, a TPM's key"
             )
+        if not chains.signs(leaf):
+            raise _refused(
+                "tpm.3-identity", "a certificate of a key that does not sign, such as an EK", "one that signs"
+            )
         identity = chains.check(
             certificates, endorsements, roots, now=now, chain_at="tpm.4-chain", root_at="tpm.5-root"
         )
