@@ -19,6 +19,7 @@ from cloister.attestation.edge.collateral import load_all, signature_of
 from cloister.attestation.edge.store import Store, replace_file
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.roots import Roots
+from cloister.attestation.soft import nvidia as soft_nvidia
 from cloister.attestation.soft import snp as soft_snp
 from cloister.attestation.soft import tdx as soft_tdx
 from cloister.attestation.verify import verify
@@ -125,6 +126,34 @@ def test_attack_poisoned_mark_a_forged_item_neither_moves_a_mark_nor_takes_the_p
     assert empty.marks() == {}
     empty.add([tdx(evaluation=18)], roots=SOFT, now=NOW)  # and genuine collateral takes its place
     assert empty.marks() == held
+
+
+@pytest.mark.parametrize("what", ["chain", "list", "leaf", "manifest"])
+def test_forged_collateral_of_any_form_does_not_take_the_place_of_genuine(what: str, tmp_path: Path) -> None:
+    if what == "manifest":
+        pytest.importorskip("signxml")
+        subject = soft_nvidia.rim_ids()[0]
+        good = Endorsement("nvidia-gpu", subject, soft_nvidia.driver_rim())
+        bad = Endorsement("nvidia-gpu", subject, soft_nvidia.driver_rim(label="attacker"))
+        rest: tuple[Endorsement, ...] = ()
+    elif what == "leaf":
+        rest = snp()
+        good = soft_snp.leaf_endorsement(soft_snp.machine("a"))
+        bad = Endorsement(
+            good.kind, good.subject, soft_snp.leaf_endorsement(soft_snp.machine("a", label="attacker")).data
+        )
+    else:
+        wanted = "Milan/vcek" if what == "chain" else "Milan/crl"
+        rest = snp()
+        good = next(item for item in rest if item.subject.startswith(wanted))
+        bad = next(item for item in snp(label="attacker") if item.subject == good.subject)
+    store = Store(tmp_path)
+    fill(store, *rest, good)
+    assert bad.data != good.data
+    with pytest.raises(EvidenceError) as refused:
+        fill(store, bad)
+    assert refused.value.code == "evidence-not-authentic"
+    assert store.endorsements().get(*(good.kind, good.subject)) == good.data
 
 
 def test_all_or_nothing(tmp_path: Path) -> None:

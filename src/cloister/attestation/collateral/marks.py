@@ -103,6 +103,31 @@ def numbers_of_all(endorsements: Endorsements, roots: Roots, *, now: datetime) -
     return MappingProxyType(found)
 
 
+def genuine(item: Endorsement, among: Endorsements, roots: Roots, *, now: datetime) -> bool:
+    """Return whether a believed authority answers for `item`: for its numbers, its certificates, or the manifest that it is.
+
+    A bare public key (`cca`, `tpm` AK) has nobody who answers for it.
+
+    Raises:
+        ValueError: `now` has no time zone.
+    """
+    if numbers(item, among, roots, now=now):
+        return True
+    own = Endorsements((item,))
+    try:
+        if item.kind == "nvidia-gpu" and item.data.lstrip()[:1] == b"<":
+            nvidia_rim.check(nvidia_rim.read(item.data, where=WHERE), roots, now=now, where=WHERE)
+            return True
+        if item.kind == "sev-snp" and item.subject.startswith(("vcek/", "vlek/")):
+            found = [certificates.from_der(item.data, where=WHERE)]
+        else:
+            found = list(_certificates(item.kind, own))
+    except EvidenceError:
+        return False
+    pool = list(dict.fromkeys([*found, *_certificates(item.kind, among)]))
+    return bool(found) and all(_leads(each, pool, item.kind, roots, now) for each in found)
+
+
 def behind(marks: Mapping[str, int], found: Mapping[str, int]) -> tuple[Reason, ...]:
     """Return which numbers of `found` are below their marks."""
     hint = "this is older than what was used before: fetch fresh collateral"

@@ -11,7 +11,7 @@ a folder on a read-only disk works.
 
 What comes in replaces what is there for the same machines, unless
   rolled back   a number that a believed authority signed is below its mark                   EvidenceError `collateral-rolled-back`
-  unsigned      no believed authority signed its numbers, though one signed those that are there  EvidenceError `evidence-not-authentic`
+  unsigned      no believed authority signed it, though one signed what is there               EvidenceError `evidence-not-authentic`
 An import skips such items, and says so; everything else refuses as a whole. Marks are judged as `collateral.marks` says, under
 the roots that the caller believes.
 """
@@ -171,12 +171,15 @@ class Store:
                 reasons = marks.behind(raised, found)
                 rolled_back |= bool(reasons)
                 before = old.get(*key)
-                if not found and before is not None:
-                    ours = marks.numbers(Endorsement(*key, before), old, roots, now=now)
-                    if ours:
-                        hint = "only what a pinned root leads to may replace it"
-                        wanted = "numbers that a believed authority signed, as those that are here"
-                        reasons = (Reason(f"{marks.WHERE}.{key[1]}", "no such signature", wanted, hint),)
+                if (
+                    before is not None
+                    and not reasons
+                    and not marks.genuine(item, everything, roots, now=now)
+                    and marks.genuine(Endorsement(*key, before), old, roots, now=now)
+                ):
+                    hint = "only what a pinned root leads to may replace it"
+                    wanted = "what a believed authority signed, as that which is here"
+                    reasons = (Reason(f"{marks.WHERE}.{key[1]}", "no such signature", wanted, hint),)
                 if reasons:
                     refused += reasons
                     continue
