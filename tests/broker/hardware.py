@@ -31,6 +31,7 @@ from cloister.attestation import events as event_log
 from cloister.attestation.azure import vtpm as azure_vtpm
 from cloister.attestation.binding import Binding
 from cloister.attestation.edge.attester import DeviceAttester, SoftTdxAttester, attest
+from cloister.attestation.edge.soft import SoftAzureAttester
 from cloister.attestation.endorsements import Endorsement, Endorsements
 from cloister.attestation.events import WORKLOAD, Workload
 from cloister.attestation.evidence import encode as encode_evidence
@@ -62,6 +63,8 @@ from tests.broker.world import BACKBONE, TRAINER, VOLUME_ID, XRAYS, World
 
 PLAIN: Final = Workload(TRAINER, "offline", profile("offline").digest(), "L1")
 DAY: Final = timedelta(days=1)
+ENDS: Final = timedelta(minutes=4)
+"""When the window `ending` ends: before a lease would."""
 NAMED: Final = "cloister matrix hardware root: named by the operator"
 FOREIGN: Final = "cloister matrix foreign root: nobody pins it"
 LABELS: Final = {"named": NAMED, "foreign": FOREIGN}
@@ -450,7 +453,10 @@ class Machine:
                 return self.measurement[:32]
             case "nitro" if self.debug:
                 return bytes(48)
-            case "tpm" | "azure-snp" | "azure-tdx":
+            case "azure-snp" | "azure-tdx":
+                kind: Any = self.kind
+                return SoftAzureAttester(self.measurement, kind=kind).launch
+            case "tpm":
                 pcrs = _host(self.measurement).pcrs(())
                 boot = ima.boot_aggregate(pcrs[index] for index in range(10))
                 return boot if self.kind == "tpm" else azure_vtpm.launch(soft_azure.PARAVISOR, boot)
@@ -575,7 +581,11 @@ def _maker(machine: Machine) -> Make:
             return snp
         case "nitro":
             # AWS's leaves live three hours
-            issued = {"leaf-expired": NOW - timedelta(hours=4), "leaf-future": NOW + timedelta(minutes=10)}
+            issued = {
+                "leaf-expired": NOW - timedelta(hours=4),
+                "leaf-future": NOW + timedelta(minutes=10),
+                "ending": NOW + ENDS - soft_nitro.LEAF_LIFETIME,
+            }
             made = NOW + timedelta(minutes=5) if machine.window == "made-later" else NOW
             start = issued.get(machine.window, NOW - timedelta(hours=1))
             enclave = soft_nitro.enclave(machine.name, issued=start, **machine.label)
@@ -625,7 +635,11 @@ def _maker(machine: Machine) -> Make:
 def _window(machine: Machine) -> dict[str, Any]:
     """Return when a piece of collateral was issued, and for how long."""
     life = timedelta(days=30)
-    start = {"expired": NOW - life - timedelta(seconds=1), "future": NOW + timedelta(seconds=1)}
+    start = {
+        "expired": NOW - life - timedelta(seconds=1),
+        "future": NOW + timedelta(seconds=1),
+        "ending": NOW + ENDS - life,
+    }
     return {"issued": start.get(machine.window, NOW - DAY), "lifetime": life}
 
 
@@ -663,7 +677,8 @@ def _endorsements(machine: Machine) -> Endorsements:
 @lru_cache(maxsize=256)
 def _gpu_endorsements(gpu: Gpu) -> Endorsements:
     life, second = soft_nvidia.LIFETIME, timedelta(seconds=1)
-    issued = {"expired": NOW - life - second, "future": NOW + second}.get(gpu.window, NOW - timedelta(hours=1))
+    start = {"expired": NOW - life - second, "future": NOW + second, "ending": NOW + ENDS - life}
+    issued = start.get(gpu.window, NOW - timedelta(hours=1))
     serial = gpu.device.device.certificate.serial_number
     found = soft_nvidia.endorsements(
         issued, (gpu.device,), lifetime=life, revoked=(serial,) if gpu.revoked else (), label=gpu.label

@@ -137,7 +137,7 @@ def serve(
         ledger.begin_epoch(
             now=now,
             software=own.hex(),
-            evidence=digest(encode_evidence(tee.evidence(bytes(64)))),
+            evidence=digest(encode_evidence(tee.evidence(bytes(tee.report_data_bytes)))),
             tee=tee.name,
             hpke_key=digest(keys.hpke.public),
             tls_key="sha256:" + identity.spki.hex(),

@@ -1,4 +1,4 @@
-"""A real broker for tests: its own process or a thread, real sockets, real TLS, soft TDX, state in a folder.
+"""A real broker for tests: its own process or a thread, real sockets, real TLS, a soft TEE, state in a folder.
 
     with running_broker(tmp_path) as broker:
         client = broker.client()
@@ -23,7 +23,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloister.attestation.edge.attester import SoftTdxAttester
+from cloister.attestation.edge.attester import find_attester
 from cloister.attestation.edge.sealing import SoftSealer
 from cloister.attestation.edge.software import measure_package
 from cloister.attestation.roots import Roots
@@ -94,10 +94,15 @@ class RunningBroker:
         """What a client must believe to use this broker: the soft root, and this package's measurement."""
         return Trust(
             Roots(soft=True),
-            frozenset(self._measurements),
+            frozenset(map(self._launch, self._measurements)),
             allow_soft=True,
             node_measurements=self.config.node_measurements,
         )
+
+    def _launch(self, measurement: bytes) -> bytes:
+        """Return what a verifier finds of a broker whose package has `measurement`: SGX and Azure have another form of it."""
+        launch: bytes = getattr(find_attester(self.config.attester, measurement=measurement), "launch", measurement)
+        return launch
 
     def client(
         self, *, memory: Path | None = None, clock: Callable[[], datetime] | None = None, timeout_s: float = 10.0
@@ -158,7 +163,7 @@ class RunningBroker:
                     self._port,
                     self.config,
                     # the same measurement at every start, also while somebody edits the package
-                    attester=SoftTdxAttester(own_measurement()),
+                    attester=find_attester(self.config.attester, measurement=own_measurement()),
                     sealer=SoftSealer(self.folder / PLATFORM, measurement=own_measurement()),
                     clock=self._clock,
                     say=lambda line: None,
@@ -186,16 +191,18 @@ def running_broker(
     allow_soft: bool = True,
     lease_s: int = 600,
     origin: str = "test.example/broker",
+    attester: str = "soft-tdx",
 ) -> Iterator[RunningBroker]:
     """Yield a running broker with its state in `folder`; it is stopped at the end.
 
-    `node_measurements` None accepts soft nodes that run this package. `clock` needs `process=False`.
+    `node_measurements` None accepts soft nodes that run this package. `clock` needs `process=False`. `attester` is the kind of
+    soft TEE that it runs in, one of `SOFT_KINDS`.
     """
     if process and clock is not _now:
         raise ValueError("another process has its own clock: use process=False")
     config = Config(
         origin=origin,
-        attester="soft-tdx",
+        attester=attester,
         node_measurements=node_measurements,
         allow_soft=allow_soft,
         lease_s=lease_s,

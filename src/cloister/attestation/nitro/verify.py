@@ -91,7 +91,7 @@ def verify(evidence: Evidence, endorsements: Endorsements, roots: Roots, *, now:
     chain = (leaf, *reversed(bundle))
     valid_until = check_path(chain, now=now, where="nitro.3-chain", crls=lists)
     _check_leaf(leaf)
-    _check_lists(chain, lists, now)
+    valid_until = min((valid_until, *_check_lists(chain, lists, now)))
     # (4)
     if not cose.verify(document.message, leaf.key):
         raise _refused("nitro.4-signature", "a signature of another key or over other bytes", "the leaf's signature")
@@ -148,16 +148,18 @@ def _check_leaf(leaf: certificate.Certificate) -> None:
 
 def _check_lists(
     chain: tuple[certificate.Certificate, ...], lists: tuple[crl.RevocationList, ...], now: datetime
-) -> None:
+) -> tuple[datetime, ...]:
+    """Refuse a list of an issuer in the chain that is not current; return when they end."""
     # `check_path` demands lists of every issuer or of none; AWS has none, so only those that are here must be current
+    mine = [(each, issuer) for each in lists for issuer in chain[1:] if each.issuer_der == issuer.subject_der]
     reasons = [
         Reason("nitro.3-chain.revocation", problem, "a current revocation list", "fetch fresh collateral")
-        for each in lists
-        for issuer in chain[1:]
-        if each.issuer_der == issuer.subject_der and (problem := each.problem(issuer, now)) is not None
+        for each, issuer in mine
+        if (problem := each.problem(issuer, now)) is not None
     ]
     if reasons:
         raise EvidenceError("the certificate chain does not hold", code="evidence-not-authentic", reasons=reasons)
+    return tuple(each.next_update for each, _ in mine if each.next_update is not None)
 
 
 def _check_time(document: nitro_format.Document, leaf: certificate.Certificate, now: datetime) -> None:
