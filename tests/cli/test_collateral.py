@@ -177,6 +177,29 @@ def test_a_gpus_files_say_what_they_need(run: Run, fakes: Vendors, tmp_path: Pat
     assert {path.split("/")[1] for path in fakes.asked} == {"ocsp"}
 
 
+@pytest.mark.parametrize("kind", ["soft-tdx", "soft-sgx", "soft-sev-snp"])
+def test_a_vendors_raw_file_is_verified_from_a_store_of_many_kinds(
+    kind: str, run: Run, fakes: Vendors, tmp_path: Path
+) -> None:
+    evidence = attest(find_attester(kind, measurement=b"m" * 48), Binding("broker", b"n" * 32, b"k", bytes(32)))
+    raw = tmp_path / "raw.bin"
+    raw.write_bytes(evidence.quote)
+    for arguments in (("--fmspc", soft_tdx.FMSPC), ("--for", str(quote(tmp_path / "own", kind)), "--product", "Milan")):
+        assert run("home", "collateral", "fetch", *arguments)[0] == 0
+    for item in (
+        soft_snp.leaf_endorsement(soft_snp.machine("soft")),
+        soft_snp.leaf_endorsement(soft_snp.machine("other")),
+    ):
+        (tmp_path / "leaf").write_bytes(item.data)
+        run("home", "collateral", "add", str(tmp_path / "leaf"))
+    run("home", "key", "new")
+    run("home", "collateral", "export", str(tmp_path / "disk"))
+    for collateral in (tmp_path / "home" / "collateral", tmp_path / "disk"):
+        status, found = run("home", "verify", str(raw), "--collateral", str(collateral))
+        assert found["facts"]["authentic"] is True, found
+        assert status == 0, found
+
+
 def test_without_arguments_the_store_is_renewed(run: Run, fakes: Vendors, tmp_path: Path) -> None:
     status, refused = run("home", "collateral", "fetch")
     assert (status, refused["error"]) == (2, "input")

@@ -15,6 +15,7 @@ from cloister.errors import InputError, Reason
 if TYPE_CHECKING:
     from cloister.attestation.collateral.needs import Need
     from cloister.attestation.edge.store import Change, Store
+    from cloister.attestation.endorsements import Endorsements
     from cloister.attestation.roots import Roots
     from cloister.attestation.types import Evidence
 
@@ -351,15 +352,54 @@ def _wanted(
     return tuple(dict.fromkeys(found))
 
 
+def pick(named: Sequence[tuple[str, bytes]], found: Endorsements) -> list[tuple[str, bytes]]:
+    """Return what of `found` is for the evidence in vendors' files `named`, as further files of it: (name, content).
+
+    Raises:
+        InputError, EvidenceError: it is not known what these files need.
+    """
+    from cloister.attestation.collateral.needs import LINES, AmdLeaf, AmdLine, IntelTcb, NvidiaManifest, needs
+
+    evidence = _assembled(named)
+    if evidence.kind == "sev-snp":  # a report may not say its line; then every line's files are for it
+        lines = [each for each in LINES.values() if any(item.subject.startswith(f"{each}/") for item in found.items)]
+        wanted = needs(evidence, line=lines[0] if len(lines) == 1 else None)
+    else:
+        wanted = needs(evidence)
+    keys: list[tuple[str, str]] = []
+    for need in wanted:
+        match need:
+            case IntelTcb():
+                keys.append((need.tee, need.fmspc))
+            case AmdLine():
+                keys += [("sev-snp", f"{need.line}/{need.signer}"), ("sev-snp", f"{need.line}/crl")]
+            case AmdLeaf():
+                keys.append(("sev-snp", need.subject))
+            case NvidiaManifest():
+                keys += [("nvidia-gpu", need.id), ("nvidia-gpu", "ocsp/")]
+            case _:
+                continue
+    picked = [
+        item
+        for item in found.items
+        if any(item.kind == kind and item.subject.startswith(start) for kind, start in keys)
+    ]
+    return [(f"{item.kind} {item.subject}".replace("=", ":"), item.data) for item in picked]
+
+
 def _evidence(arguments: Sequence[str]) -> Evidence:
     """Return the evidence that the files make up, as far as its needs are concerned."""
+    from cloister.cli import evidence as files
+
+    return _assembled([(each, files.read(Path(each.partition("=")[2] or each), "the evidence")) for each in arguments])
+
+
+def _assembled(named: Sequence[tuple[str, bytes]]) -> Evidence:
     from cloister.attestation import evidence as wire
     from cloister.attestation.files.sniff import assemble
     from cloister.attestation.types import Evidence
-    from cloister.cli import evidence as files
     from cloister.errors import EvidenceError
 
-    named = [(each, files.read(Path(each.partition("=")[2] or each), "the evidence")) for each in arguments]
     if len(named) == 1:
         try:
             return wire.decode(named[0][1])

@@ -95,7 +95,7 @@ def observe_files(
     own = _own(named[0][1]) if len(named) == 1 else None
     if own is not None:
         return _observe_own(own, collateral, at, you, nonce)
-    offered = [(str(path), read(path, "the collateral")) for path in collateral]
+    offered = _offered(named, collateral)
     case = assemble([*named, *offered])
     return observe(
         Case(
@@ -110,6 +110,22 @@ def observe_files(
             vouched=frozenset(guess[1] for _, data in offered if (guess := sniff(data)) is not None),
         )
     )
+
+
+def _offered(named: Sequence[tuple[str, bytes]], collateral: Sequence[Path]) -> list[tuple[str, bytes]]:
+    """Return the collateral as files; of stores and snapshots, what is for the evidence `named`."""
+    from cloister.attestation.collateral.snapshot import looks_like_one
+    from cloister.attestation.edge.collateral import load_all
+    from cloister.cli.collateral_ import pick
+
+    found: list[tuple[str, bytes]] = []
+    for path in collateral:
+        data = b"" if path.is_dir() else read(path, "the collateral")
+        if path.is_dir() or looks_like_one(data):
+            found += pick(named, load_all([path]))
+        else:
+            found.append((str(path), data))
+    return found
 
 
 def _own(data: bytes) -> Evidence | None:
@@ -143,8 +159,8 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
     lines: list[str] = []
     for step in observed.steps:
         mark, colour = _MARKS[step.state]
-        lines.append(f"{style(mark, colour)} {step.name}  {step.text}{_note(step)}")
-    lines += [f"{style('✗', 'bad')} {each.where}  wants {each.wanted}, found {each.found}" for each in reasons]
+        lines.append(f"{style(mark, colour)} {step.name}  {_line(step.text)}{_note(step)}")
+    lines += [_line(f"{style('✗', 'bad')} {each.where}  wants {each.wanted}, found {each.found}") for each in reasons]
     if policy is not None and observed.claims is not None and not reasons:
         lines.append(f"{style('✓', 'ok')} {policy.where}  every rule of the policy holds")
     fields = dict(observed.fields) or (_claims(observed.claims) if observed.claims else {})
@@ -152,9 +168,9 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
         fields |= {f"certificate {index}": each for index, each in enumerate(observed.claims.chain)}
     if fields:
         width = max(map(len, fields))
-        lines += ["", *(f"{name.ljust(width)}  {value}" for name, value in fields.items())]
+        lines += ["", *(_line(f"{name.ljust(width)}  {value}") for name, value in fields.items())]
     verdict = _verdict(observed, missing, reasons, time)
-    lines += ["", verdict]
+    lines += ["", _line(verdict)]
     data: dict[str, Any] = {
         "verdict": "good" if good else "refused",
         "at": time.isoformat(),
@@ -167,6 +183,11 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
     you.ui.result(data, "\n".join(lines))
     if not good:
         raise click.exceptions.Exit(EvidenceError.exit_status)
+
+
+def _line(text: str) -> str:
+    # names and claims are the attester's words: a line break in them would write a verdict of its own
+    return "\\n".join(text.splitlines())
 
 
 def _note(step: Step) -> str:
