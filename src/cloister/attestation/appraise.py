@@ -4,7 +4,8 @@ Rules, in this order; every violation is reported, each under `<policy.where>.<r
 `<policy.where>.<device>.<rule>` (`gpu0`, `gpu1`, `tpm0`, ...: each kind counts on its own):
    1 debug             a debuggable TEE or device is never acceptable, unless the policy says so
    2 kind              tee, attested-host or he
-   3 accept            the TEE type; `simulated` stands for every soft TEE, and nothing else does
+   3 accept            the TEE type; `simulated` stands for every soft TEE, and nothing else does; a service's word about a
+                       device (`authority:...`) is refused unless the policy accepts that word
    4 TCB               `tcb_status`, `min_tcb` (year and month of the matched TCB level), `max_tcb_age`,
                        `min_svn.<name>` (floors for this TEE type), `deny_advisories`
    5 require.<name>    switches of the platform; `migrate_ma` and `migratable` are off unless the policy names them
@@ -24,7 +25,8 @@ and scheme are judged, because it holds no key and no hardware is trusted.
 Hardware whose vendor publishes no TCB levels (`NOT_RATED`: SEV-SNP, Nitro, CCA) has no TCB date. `min_tcb` refuses it, unless
 `min_svn` sets a floor above 0 for a number of its firmware (`types.FIRMWARE`): then the numbers stand for the date, because the
 vendor's bulletins name numbers. Without either nothing would say that the firmware is new enough. `max_tcb_age` is never met by
-it: a number does not age. Nor does its vendor name advisories, so `deny_advisories` says nothing about it.
+it: a number does not age. Nor does its vendor name advisories, so `deny_advisories` says nothing about it. A service's token about
+Intel's hardware could name them and does not, so `deny_advisories` refuses it.
 
 Rules 1, 4 (`tcb_status`, `min_svn`, `deny_advisories`), 5 and the deny list hold for devices too. `min_svn` or `require` for a kind
 of device refuses evidence without one. `tcb_status` takes `NOT_RATED` of every device: GPUs and TPMs have no other word. A soft
@@ -41,7 +43,18 @@ from collections.abc import Iterator, Mapping
 from datetime import date, datetime
 from typing import Final, Protocol
 
-from cloister.attestation.types import FIRMWARE, IDENTITIES, NOT_RATED, Claims, LogRule, Policy, Software, base
+from cloister.attestation.types import (
+    AUTHORITY,
+    FIRMWARE,
+    IDENTITIES,
+    NOT_RATED,
+    Claims,
+    LogRule,
+    Policy,
+    Software,
+    base,
+    below,
+)
 from cloister.errors import Reason
 
 SIMULATED: Final = "simulated"
@@ -59,6 +72,8 @@ _OTHER_BUILD: Final = "if this build is yours, add its measurement to the contra
 _OPENING: Final = ("migrate_ma", "migratable")
 """Attributes that let somebody beside the guest have its memory: an SNP migration agent or a TDX service TD, which the host
 chooses and the launch measurement does not cover. Off, unless the policy says what it wants."""
+_ADVISED: Final = frozenset({"sgx", "tdx", "azure-tdx"})
+"""Hardware whose vendor names advisories for a platform."""
 _LISTED: Final = 8
 """Accepted values named in one reason."""
 
@@ -102,6 +117,9 @@ def appraise(claims: Claims, policy: Policy, *, today: date | None = None) -> tu
 
     if on_hardware:
         _tee_type(claims, policy, refuse)
+        for name, device in devices:
+            if device.tee.startswith(AUTHORITY) and device.tee not in policy.accept:
+                refuse(f"{name}.accept", device.tee, _list(policy.accept), "the device can show evidence of its own")
         _tcb(claims, policy, today, refuse)
         for name, device in devices:
             _device_tcb(name, device, policy, refuse)
@@ -177,7 +195,7 @@ def _tcb(claims: Claims, policy: Policy, today: date | None, refuse: _Refuse) ->
                 refuse("min_tcb", f"firmware of {claims.tcb_date:%Y-%m}", wanted, _UPDATE)
         elif claims.tcb_status != NOT_RATED:
             refuse("min_tcb", "no TCB date", wanted, _UPDATE)
-        elif not any(least > 0 and name in FIRMWARE.get(base(claims.tee), ()) for name, least in floors.items()):
+        elif not any(least > 0 and name in FIRMWARE.get(below(claims.tee), ()) for name, least in floors.items()):
             hint = f"its vendor publishes no TCB dates: set min_svn for {base(claims.tee) or 'it'}"
             refuse("min_tcb", "no TCB date, and no floor above 0 for a number of its firmware", wanted, hint)
     if policy.max_tcb_age is not None:
@@ -212,6 +230,9 @@ def _floors(at: str, claims: Claims, floors: Mapping[str, int], refuse: _Refuse)
 def _advisories(at: str, claims: Claims, policy: Policy, refuse: _Refuse) -> None:
     for advisory in sorted(policy.deny_advisories.intersection(claims.advisories)):
         refuse(f"{at}deny_advisories", advisory, f"a platform without {advisory}", _UPDATE)
+    if policy.deny_advisories and claims.tee.startswith(AUTHORITY) and below(claims.tee) in _ADVISED:
+        wanted = "evidence that names the platform's advisories"
+        refuse(f"{at}deny_advisories", "a token, which names no advisories", wanted)
 
 
 def _require(at: str, claims: Claims, policy: Policy, refuse: _Refuse) -> None:
@@ -242,8 +263,12 @@ def _platforms(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims]
         wanted = _list(frozenset(f"{name}:{value}" for name, value in policy.platform_allow))
         hint = "if this machine is yours, add its id"
         refuse("platforms.allow", _ids(claims) or "a machine without an id", wanted, hint)
+    # tools write the same id in either case, and a list that denies must not miss one for that
+    denied = {(name, value.casefold()) for name, value in policy.platform_deny}
     for at, one in (("", claims), *((f"{name}.", device) for name, device in devices)):
-        for name, value in sorted(policy.platform_deny.intersection(one.platform.items())):
+        for name, value in sorted(
+            (name, value) for name, value in one.platform.items() if (name, value.casefold()) in denied
+        ):
             refuse(f"{at}platforms.deny", f"{name}:{value}", "a machine that is not on the list")
     for name in sorted({name for name, _ in policy.platform_deny}):
         if name not in IDENTITIES:
@@ -251,14 +276,14 @@ def _platforms(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims]
                 refuse("platforms.deny", f"no {name}", f"evidence that shows {name}")
             continue
         for at, one in (("", claims), *((f"{which}.", device) for which, device in devices)):
-            if name not in one.platform and base(one.tee) in IDENTITIES[name]:
+            if name not in one.platform and below(one.tee) in IDENTITIES[name]:
                 hint = "a machine that hides its id is not shown to be another one"
                 refuse(f"{at}platforms.deny", f"no {name}", f"evidence that shows {name}", hint)
 
 
 def _gpus(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims], ...], refuse: _Refuse) -> None:
     # (7)
-    gpus = [(name, device) for name, device in devices if base(device.tee) == GPU]
+    gpus = [(name, device) for name, device in devices if base(device.tee) == GPU or _vouched_gpu(device, policy)]
     if policy.gpu == "confidential":
         open_ = [name for name, device in gpus if device.gpu != "confidential"]
         if not gpus:
@@ -278,6 +303,10 @@ def _gpus(claims: Claims, policy: Policy, devices: tuple[tuple[str, Claims], ...
                     wanted,
                     "if this GPU is yours, add its id",
                 )
+
+
+def _vouched_gpu(device: Claims, policy: Policy) -> bool:
+    return device.tee.startswith(AUTHORITY) and below(device.tee) == GPU and device.tee in policy.accept
 
 
 def _boot(claims: Claims, policy: Policy, refuse: _Refuse) -> None:

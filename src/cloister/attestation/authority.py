@@ -32,7 +32,10 @@ in the quote; the client payload of `azurevm` reaches the relying party only thr
 to a key of the guest's TPM.
 
 Events: SNP, SGX, Confidential Space and azurevm have no register for them, so the nonce is `events.fold(report_data, events)`
-(64 bytes); `tdxvm` states RTMR 3. With 32 bytes there is no log. `Claims.report_data` is the nonce.
+(64 bytes); `tdxvm` states RTMR 3. With 32 bytes there is no log. `Claims.report_data` is the nonce. `nonce_in` reads which nonce a
+token answers; `token/verify.py`, which has no nonce to compare with, leaves the comparison to `check_binding`.
+
+Launch: `azurevm` states the firmware that Azure put below the guest and nothing of the guest, so there is no `Claims.launch`.
 
 Sources: RFC 7515, 7517, 7519; learn.microsoft.com/azure/attestation: claim-sets, attestation-token-examples,
 trust-domain-extensions-eat-profile; docs.cloud.google.com/confidential-computing/confidential-space/docs/reference/token-claims;
@@ -63,16 +66,16 @@ from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cloister.attestation import events as event_log
 from cloister.attestation.nvidia import eat
 from cloister.attestation.pki import certificate
-from cloister.attestation.types import NOT_RATED, Claims, Event
+from cloister.attestation.types import AUTHORITY, NOT_RATED, Claims, Event
 from cloister.crypto.canonical import json_decode, json_encode
 from cloister.errors import EvidenceError, Reason
 
-__all__ = ["ALGORITHMS", "PREFIX", "STEPS", "Authority", "Kind", "nonce_text", "verify_token"]
+__all__ = ["ALGORITHMS", "PREFIX", "STEPS", "TYPES", "Authority", "Kind", "nonce_in", "nonce_text", "verify_token"]
 
 Kind = Literal["maa", "confidential-space", "nras"]
 KINDS: Final[frozenset[str]] = frozenset(get_args(Kind))
 
-PREFIX: Final = "authority:"
+PREFIX: Final = AUTHORITY
 """Of `Claims.tee`: no hardware's name has it."""
 
 ALGORITHMS: Final = frozenset({"RS256", "PS256", "ES384"})
@@ -84,6 +87,15 @@ LIMIT: Final = 64 * 1024
 JWKS_LIMIT: Final = 256 * 1024
 RSA_BITS: Final = 2048
 NONCE_BYTES: Final = (32, 64)
+TYPES: Final[Mapping[Kind, tuple[str, ...]]] = MappingProxyType(
+    {
+        "maa": ("sevsnpvm", "tdxvm", "sgx", "azurevm-sevsnpvm", "azurevm-tdxvm"),
+        "confidential-space": ("gcp_amd_sev", "gcp_amd_sev_es", "gcp_amd_sev_snp", "gcp_intel_tdx"),
+        "nras": ("nvidia-gpu",),
+    }
+)
+"""What a service of each kind can say a machine or a GPU is: `Claims.tee` after the name. Shielded VMs and switches are left
+out, which no place takes."""
 
 STEPS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -97,7 +109,8 @@ STEPS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,39}")
+_DECIMAL: Final = re.compile(r"[0-9]{1,128}")
 _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})+")
 _SHA256: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _END_OF_TIME: Final = 253_402_300_800  # year 10000: beyond it there is no date
@@ -114,7 +127,7 @@ class Authority:
     """
 
     name: str
-    """As in `Claims.tee`: lower-case letters, digits and `-`, at most 32."""
+    """As in `Claims.tee`: lower-case letters, digits and `-`, at most 40."""
     kind: Kind
     issuer: str
     """Exactly `iss`, such as `https://sharedeus2.eus2.attest.azure.net`."""
@@ -132,6 +145,8 @@ class Authority:
             raise ValueError(f"issuer {self.issuer!r} does not begin with https://")
         if self.kind == "confidential-space" and not self.audience:
             raise ValueError("an authority of kind confidential-space needs an audience")
+        if self.kind == "nras" and self.audience is not None:
+            raise ValueError("tokens of kind nras are for nobody in particular: an audience would not be checked")
         _keys(self.jwks)
 
 
@@ -168,6 +183,58 @@ class _Said:
 def nonce_text(nonce: bytes) -> str:
     """Return `nonce` as an attester gives it to a service that takes text: base64url without padding, 43 or 86 characters."""
     return base64.urlsafe_b64encode(nonce).rstrip(b"=").decode("ascii")
+
+
+def nonce_in(token: str | bytes, kind: Kind) -> bytes:
+    """Return the nonce that `token` answers, from the one place where its service binds it. Nothing of it is believed yet.
+
+    32 or 64 bytes; report data that ends with 32 zeros holds 32.
+
+    Raises:
+        EvidenceError: `evidence-malformed`; `reasons[0].where` begins with the step of `verify_token` that would refuse.
+    """
+    if kind == "nras":
+        text = eat.read_bundle(token.encode() if isinstance(token, str) else token).platform.body.get("eat_nonce")
+        if not isinstance(text, str) or len(text) != 64 or not _HEX.fullmatch(text):
+            raise _malformed("authority.6-nonce", repr(text)[:200], "64 hex digits in eat_nonce")
+        return bytes.fromhex(text)
+    body = _read(token).body
+    try:
+        nonce = _held(body) if kind == "maa" else _unb64(_only(body.get("eat_nonce")))
+    except ValueError as error:
+        raise _malformed("authority.6-nonce", "a nonce of another form", "base64url without padding") from error
+    if len(nonce) not in NONCE_BYTES:
+        raise _malformed("authority.6-nonce", f"a nonce of {len(nonce)} bytes", "32 or 64 bytes")
+    return nonce
+
+
+def _only(value: object) -> str:
+    """Raises: ValueError: a second nonce would make one token the answer to two questions."""
+    match value:
+        case str(text) | [str(text)] if text.isascii():
+            return text
+        case _:
+            raise ValueError("not one nonce")
+
+
+def _held(body: Mapping[str, Any]) -> bytes:
+    """Raises: ValueError or EvidenceError for another form."""
+    match _text(body, "x-ms-attestation-type"):
+        case "sevsnpvm":
+            data = _hex(body, "x-ms-sevsnpvm-reportdata", 64)
+        case "tdxvm":
+            data = _hex(body, "tdx_report_data", 64)
+        case "sgx":
+            return _unb64(_text(body, "x-ms-sgx-ehd"))
+        case "azurevm":
+            match body.get("x-ms-runtime"):
+                case {"client-payload": {"nonce": str(text)}}:
+                    return _unb64(base64.b64decode(text, validate=True).decode("ascii"))
+                case _:
+                    raise ValueError("no client payload with a nonce")
+        case kind:
+            raise _claims(f"x-ms-attestation-type {kind!r}", " or ".join(sorted((*_MAA, "azurevm"))))
+    return data.removesuffix(bytes(32))
 
 
 def verify_token(
@@ -458,10 +525,10 @@ def _azurevm(body: Mapping[str, Any], nonce: bytes) -> _Said:
     measurements = {name: value for name, value in said.measurements.items() if not name.startswith("rtmr")}
     return _Said(
         tee=f"azurevm-{kind}",
-        debug=said.debug or any(switches.get(name, False) for name in _AZUREVM_DEBUG),
+        debug=said.debug or any(switches.get(name, True) for name in _AZUREVM_DEBUG),
         bound=bound,
         found=found,
-        launch=said.launch,
+        launch="",
         measurements=measurements,
         tcb_status=said.tcb_status,
         svns=said.svns,
@@ -527,6 +594,9 @@ def _tdxvm(body: Mapping[str, Any], nonce: bytes) -> _Said:
         if claim in body:
             measurements[name] = _hex(body, claim, size)
     report_data = _hex(body, "tdx_report_data", 64)
+    # bit 29 of TDATTRIBUTES (little-endian); MAA has no claim of its own for it
+    bits = measurements.get("tdattributes")
+    migratable = {} if bits is None else {"migratable": bool(bits[3] & 0x20)}
     # two claims about debugging: the TD's attribute and the EAT one; either is enough
     debug = _flag(body, "tdx_td_attributes_debug") or body.get("dbgstat", "disabled") != "disabled"
     return _Said(
@@ -539,6 +609,7 @@ def _tdxvm(body: Mapping[str, Any], nonce: bytes) -> _Said:
         tcb_status=_text(body, "attester_tcb_status"),
         svns={"seamsvn": _count(body, "tdx_seamsvn")} if "tdx_seamsvn" in body else {},
         attributes={name: _flag(body, claim) for name, claim in _TDX_ATTRIBUTES.items() if claim in body}
+        | migratable
         | _compliance(body),
         platform=_vm(body),
     )
@@ -735,7 +806,9 @@ def _gpu(name: str, body: Mapping[str, Any], authority: Authority, nonce: bytes,
         )
     debug = body.get("dbgstat") != "disabled"
     good = body.get("measres") == "success" and body.get("secboot") is True and not debug
-    platform = {"ueid": str(body["ueid"])[:128]} if isinstance(body.get("ueid"), str) else {}
+    ueid = body.get("ueid")
+    # the service writes the number in decimal; ours is in hex (`nvidia/examine.py`), and a contract lists hex
+    platform = {"ueid": f"{int(ueid):x}"} if isinstance(ueid, str) and _DECIMAL.fullmatch(ueid) else {}
     for ours, theirs in (
         ("hwmodel", "hwmodel"),
         ("driver", f"{prefix}-driver-version"),

@@ -49,9 +49,31 @@ FIRMWARE: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
 reset count) are the guest's own or count something else, and say nothing about the age of firmware."""
 
 
+AUTHORITY: Final = "authority:"
+"""Begins every TEE type that is a service's word and no hardware: `authority:<name>/<type>` (`authority.py`)."""
+_VOUCHED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "sevsnpvm": "sev-snp",
+        "tdxvm": "tdx",
+        "sgx": "sgx",
+        "azurevm-sevsnpvm": "azure-snp",
+        "azurevm-tdxvm": "azure-tdx",
+        "gcp_amd_sev_snp": "sev-snp",
+        "gcp_intel_tdx": "tdx",
+        "nvidia-gpu": "nvidia-gpu",
+    }
+)
+
+
 def base(tee: str) -> str:
     """Return the kind of hardware that `tee` is or plays: `tdx` for `soft-tdx`."""
     return tee.removeprefix("soft-")
+
+
+def below(tee: str) -> str:
+    """Return `base`, or the kind of hardware that a service speaks about: `sev-snp` for `authority:azure/sevsnpvm`. For rules
+    about what such hardware always shows or never has; no policy that accepts the hardware accepts the service."""
+    return _VOUCHED.get(tee.rpartition("/")[2], tee) if tee.startswith(AUTHORITY) else base(tee)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +181,8 @@ class Policy:
     where: str
     kind: PlaceKind
     accept: frozenset[str] = frozenset()
-    """TEE types, with `simulated` standing for every soft TEE."""
+    """TEE types, with `simulated` standing for every soft TEE. `authority:<name>/<type>` is a service's word about a machine,
+    `authority:<name>/nvidia-gpu` about a GPU beside one."""
     min_tcb: tuple[int, int] | None = None
     """Year and month."""
     debug: bool = False
