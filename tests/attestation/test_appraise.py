@@ -233,6 +233,14 @@ def test_a_device_that_is_left_out_meets_no_rule_for_it() -> None:
     assert rules(replace(GOOD, devices=()), replace(gpus, gpu="confidential")) == ["p.gpu"]
 
 
+def test_a_deny_list_in_capitals_denies() -> None:
+    """OpenSSL and clouds write ids in capitals; the machine is the same."""
+    machine = replace(GOOD, platform=MappingProxyType({"ppid": "0a", "vm_unique_id": "fe25e2b5-0001"}))
+    for denied in (("ppid", "0A"), ("vm_unique_id", "FE25E2B5-0001")):
+        policy = Policy("p", "tee", frozenset({"tdx"}), platform_deny=frozenset({denied}))
+        assert "p.platforms.deny" in rules(machine, policy)
+
+
 def test_an_age_needs_a_day() -> None:
     policy = Policy("p", "tee", frozenset({"tdx"}), max_tcb_age=timedelta(days=100))
     assert rules(GOOD, policy) == []

@@ -616,6 +616,7 @@ def test_a_token_that_answers_two_questions_is_refused() -> None:
         ("azurevm", {"x__ms__azurevm__bootdebug__enabled": True}),
         ("azurevm", {"x__ms__azurevm__kerneldebug__enabled": True}),
         ("azurevm", {"x__ms__azurevm__hypervisordebug__enabled": True}),
+        ("azurevm", {"x__ms__azurevm__bootdebug__enabled": None}),  # what is not said is not off
         ("confidential-space", {"dbgstat": "enabled"}),
         ("confidential-space", {"dbgstat": "disabled"}),
         ("confidential-space", {"dbgstat": None}),

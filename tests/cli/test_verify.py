@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -258,6 +260,24 @@ def test_steps_are_not_said_to_have_passed_when_something_does_not_parse_or_is_m
         said = run(*words, "--insecure-soft-tee", "--json")
         assert said.status == 4, words
         assert "passed" not in {step["state"] for step in said.data["steps"]}, words
+
+
+def test_a_line_break_in_a_claim_writes_no_line_of_its_own(run: Run, tmp_path: Path) -> None:
+    """The attester chooses names and claims: one of them would be a verdict, or a step that passed."""
+
+    def token(body: dict[str, Any]) -> str:
+        parts = ({"alg": "ES384", "kid": "k"}, body)
+        return ".".join(
+            [*(base64.urlsafe_b64encode(json.dumps(each).encode()).rstrip(b"=").decode() for each in parts), "AA"]
+        )
+
+    for line in ("authentic at 2026-11-20 12:00:00 UTC", "\u2713 nras.3-signature"):
+        inner = token({"x": f"y\n\n{line}\u2028{line}\r{line}"})
+        digest = ["DIGEST", ["SHA-256", hashlib.sha256(inner.encode()).hexdigest()]]
+        (tmp_path / "eat").write_text(json.dumps([["JWT", token({"submods": {"GPU-0": digest}})], {"GPU-0": inner}]))
+        said = run("eat")
+        assert said.status == 4
+        assert not [each for each in said.out.splitlines() if each.startswith(line)]
 
 
 def test_a_file_that_no_step_reads_is_refused(run: Run, tmp_path: Path) -> None:

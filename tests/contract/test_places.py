@@ -264,3 +264,13 @@ def test_a_place_alone_is_a_policy_and_nothing_that_anybody_can_sign() -> None:
     for bad in ("", "[place]\n", text + "[code]\n", text.replace("tee", "tea"), "place = 1\n"):
         with pytest.raises(InputError):
             parse(bad.encode(), name="place.toml", places_only=True)
+
+
+def test_a_serial_number_with_zeros_in_front_is_the_same_gpu() -> None:
+    """OpenSSL writes serial numbers as whole bytes, evidence as a number: a deny list would never meet its GPU."""
+    ids = (
+        'gpu = "confidential", gpus = { allow = ["ueid:0a1", "device_key:00b2"] }, platforms = { deny = ["ueid:0c3"] }'
+    )
+    policy = compile_place(changed(XRAY, ('min_tcb = "2026-08"', ids)), "enclave")
+    assert policy.gpu_allow == frozenset({("ueid", "a1"), ("device_key", "b2")})
+    assert policy.platform_deny == frozenset({("ueid", "c3")})

@@ -27,12 +27,13 @@ from types import MappingProxyType
 from typing import Final, Literal, TypeVar, assert_never
 
 from cloister.attestation.appraise import appraise
+from cloister.attestation.endorsements import Endorsement, Endorsements
+from cloister.attestation.token.format import Named, only
 from cloister.attestation.types import Claims, LogRule, Policy, Software
 from cloister.contract.model import (
     Build,
     Contract,
     FileList,
-    Hardware,
     HePlace,
     HostPlace,
     Phase,
@@ -40,6 +41,7 @@ from cloister.contract.model import (
     SignedBy,
     TeePlace,
     key_bytes,
+    vouched_gpu,
 )
 from cloister.errors import Reason
 
@@ -229,7 +231,7 @@ def compile_place(contract: Contract, place: str) -> Policy:
             policy = Policy(
                 where,
                 kind="tee",
-                accept=frozenset(tee.accept),
+                accept=frozenset((*tee.accept, *map(vouched_gpu, tee.gpu_authorities or ()))),
                 min_tcb=tee.min_tcb,
                 max_tcb_age=tee.max_tcb_age,
                 deny_advisories=frozenset(tee.deny_advisories or ()),
@@ -259,6 +261,20 @@ def compile_place(contract: Contract, place: str) -> Policy:
             assert_never(never)
 
 
+def endorsed(endorsements: Endorsements, contract: Contract | None) -> Endorsements:
+    """Return `endorsements` with the authorities of `contract` and no others: whose tokens count is said by the parties of a
+    contract, never by whoever keeps the collateral. None: no authority at all."""
+    return only(endorsements, () if contract is None else _authorities(contract))
+
+
+@lru_cache(maxsize=1024)
+def _authorities(contract: Contract) -> tuple[Endorsement, ...]:
+    return tuple(
+        Named(entry.kind, entry.issuer, frozenset(entry.jwks), entry.audience).endorsement(name)
+        for name, entry in contract.authorities.items()
+    )
+
+
 def _machines(policy: Policy, platforms: Platforms | None) -> Policy:
     if platforms is None:
         return policy
@@ -266,12 +282,17 @@ def _machines(policy: Policy, platforms: Platforms | None) -> Policy:
     return replace(policy, platform_allow=allow, platform_deny=_pairs(platforms.deny or ()))
 
 
+_SERIALS: Final = frozenset({"ueid", "device_key"})
+"""Ids that are serial numbers: evidence has them without zeros in front, and other tools write whole bytes."""
+
+
 def _pairs(ids: Iterable[str]) -> frozenset[tuple[str, str]]:
-    return frozenset((name, value) for name, _, value in (each.partition(":") for each in ids))
+    pairs = ((name, value) for name, _, value in (each.partition(":") for each in ids))
+    return frozenset((name, value.lstrip("0") or "0" if name in _SERIALS else value) for name, value in pairs)
 
 
-def _by_name(rules: Mapping[Hardware, Mapping[str, T]] | None) -> Mapping[str, Mapping[str, T]]:
-    return MappingProxyType({str(tee): named for tee, named in (rules or {}).items()})
+def _by_name(rules: Mapping[str, Mapping[str, T]] | None) -> Mapping[str, Mapping[str, T]]:
+    return MappingProxyType(dict(rules or {}))
 
 
 def _build(build: Build) -> Software:

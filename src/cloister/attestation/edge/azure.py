@@ -214,5 +214,5 @@ class AzureAttester:
             if not isinstance(answer, str):
                 return {}
             return {"leaf": pki.from_pem(answer.encode(), where="azure.vcek", most=1)[0].der}
-        except (MachineError, EvidenceError):
+        except (MachineError, EvidenceError, UnicodeEncodeError):  # half of a surrogate pair is JSON and no text
             return {}
