@@ -196,9 +196,18 @@ def test_a_pinned_root_behind_a_foreign_chain_is_refused() -> None:
 
 
 def test_the_relying_party_s_own_root_counts() -> None:
-    pin = hashlib.sha256(soft_snp.authority("Milan").ark).hexdigest()
-    found = verify(good(), ENDORSED, Roots(also={"sev-snp": frozenset({pin})}), now=NOW)
-    assert found.tee == "sev-snp"
+    theirs = Endorsements(soft_snp.endorsements(ISSUED, label="mallory"))
+    roots = Roots(also={"sev-snp": frozenset({hashlib.sha256(soft_snp.authority("Milan", "mallory").ark).hexdigest()})})
+    assert verify(good(soft_snp.machine(label="mallory")), theirs, roots, now=NOW).tee == "sev-snp"
+    # of this kind only, and the published test root stays what it is
+    for kind in ("tdx", "nitro", "tpm", "azure-snp"):
+        other = Roots(also={kind: roots.also["sev-snp"]})
+        assert (
+            refusal(verify, good(soft_snp.machine(label="mallory")), theirs, other, now=NOW).reasons[0].where
+            == "sev-snp.2-root"
+        )
+    listed = Roots(also={"sev-snp": frozenset({hashlib.sha256(soft_snp.authority("Milan").ark).hexdigest()})})
+    assert refusal(verify, good(), ENDORSED, listed, now=NOW).reasons[0].where == "sev-snp.2-root"
 
 
 def test_a_leaf_of_the_other_kind_is_refused() -> None:
