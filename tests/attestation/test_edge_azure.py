@@ -181,7 +181,11 @@ def test_without_the_metadata_service_snp_leaves_the_certificate_to_the_verifier
         raise MachineError("no answer")
 
     attester = snp.attester()
-    bad = ({}, {"vcekCert": "garbage"}, {"vcekCert": "\ud800"})  # the last: JSON that is no text, from a hostile host
+    bad: tuple[dict[str, Any], ...] = (
+        {},
+        {"vcekCert": "garbage"},
+        {"vcekCert": "\ud800"},
+    )  # the last: JSON that is no text, from a hostile host
     for answers in (down, *(lambda path, body, found=found: found for found in bad)):
         snp.answers = answers
         assert "leaf" not in attester.evidence(DATA).parts
