@@ -75,7 +75,8 @@ def subjects(old: Contract, new: Contract) -> tuple[Subject, ...]:
     found: dict[Subject, None] = {}
     for difference in _beyond_lineage(old, new):
         table = difference.path.split(".", 1)[0]
-        found["code" if table == "code" else "place" if table == "place" else "default"] = None
+        # an authority lets machines in like one more entry in `accept`
+        found["code" if table == "code" else "place" if table in ("authority", "place") else "default"] = None
     order: tuple[Subject, ...] = ("default", "code", "place")
     return tuple(subject for subject in order if subject in found)
 
@@ -245,6 +246,7 @@ def _leaves(contract: Contract) -> Iterator[tuple[tuple[str, ...], str]]:
         "code": contract.code,
         "data": contract.data,
         "stream": contract.stream,
+        "authority": contract.authorities,
         "place": contract.place,
         "phase": contract.phase,
         "board": contract.board,

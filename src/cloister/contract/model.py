@@ -18,7 +18,10 @@ from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from cloister.attestation.authority import Kind as AuthorityKind
+from cloister.attestation.types import AUTHORITY
 
 NAME: Final = r"^[a-z][a-z0-9-]{0,39}$"
 DIGEST: Final = r"^sha256:[0-9a-f]{64}$"
@@ -38,6 +41,9 @@ PLATFORM: Final = (
     rf"|(csp_id|module_id|instance_id|vm_unique_id):[0-9A-Za-z][0-9A-Za-z=._-]{{0,127}}|{_GPU_ID})$"
 )
 GPU: Final = f"^{_GPU_ID}$"
+ISSUER: Final = r"^https://[a-z0-9][a-z0-9.-]{0,199}(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~/-]{0,200})?$"
+AUDIENCE: Final = r"^[A-Za-z0-9._~:/?&=@%+-]{1,200}$"
+VOUCHED: Final = rf"^{AUTHORITY}[a-z][a-z0-9-]{{0,39}}/[a-z][a-z0-9_-]{{0,31}}$"
 FILES: Final = r"^(signed-by:[a-z][a-z0-9-]{0,39}|sha256:[0-9a-f]{64})$"
 
 MAX_COUNT: Final = 2**53 - 1
@@ -49,6 +55,8 @@ MAX_RULES: Final = 32
 """Measurements, numbers, switches or log rules of one table."""
 MAX_VALUES: Final = 256
 """Values, machines or advisories of one list."""
+MAX_JWKS: Final = 16
+"""JWKS documents of one authority."""
 MAX_DURATION: Final = timedelta(days=3660)
 
 NOBODY: Final = "nobody"
@@ -58,7 +66,7 @@ Sandbox = Literal["none", "offline", "one-shot", "sealed"]
 Cpu = Literal["sgx", "tdx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx"]
 Tee = Literal["sgx", "tdx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx", "simulated"]
 Hardware = Literal["sgx", "tdx", "sev-snp", "nitro", "cca", "azure-snp", "azure-tdx", "nvidia-gpu", "tpm"]
-"""What a rule about numbers or switches can be for: a TEE type, or a device beside it."""
+"""What a rule about numbers or switches can be for: a TEE type, or a device beside it. Or a `Vouched` type."""
 CPUS: Final[tuple[str, ...]] = get_args(Cpu)
 GPU_IDS: Final = frozenset({"ueid", "udid", "device_key"})
 TcbStatus = Literal[
@@ -108,6 +116,7 @@ _size_text = _pattern(SIZE, 'a size such as "64 MiB" (B, KiB, MiB, GiB, TiB; one
 _duration_text = _pattern(DURATION, 'a duration such as "72h" or "50ms" (ms, s, min, h, d; no space)')
 _month_text = _pattern(MONTH, 'a month as "YYYY-MM", 01 to 12')
 _files_text = _pattern(FILES, '"signed-by:<party>" or the digest of a list of files, "sha256:<64 hex digits>"')
+_vouched_text = _pattern(VOUCHED, '"authority:<name>/<type>" such as "authority:azure/sevsnpvm"')
 _name_text = _pattern(NAME, "a name: a to z, then up to 39 of a to z, 0 to 9 and -")
 
 
@@ -201,6 +210,29 @@ def _authority(value: object) -> str | tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise refusal("an array of parties, or the name of one board")
     return tuple(_name_text(item) for item in _array(value))
+
+
+def _or_vouched(words: tuple[str, ...]) -> Callable[[object], str]:
+    """One of `words`, or what an authority says that a machine is."""
+
+    def check(value: object) -> str:
+        if isinstance(value, str) and value.startswith(AUTHORITY):
+            return _vouched_text(value)
+        if not isinstance(value, str) or value not in words:
+            raise PydanticKnownError("literal_error", {"expected": " or ".join(repr(word) for word in words)})
+        return value
+
+    return check
+
+
+def _or_vouched_schema(words: tuple[str, ...]) -> WithJsonSchema:
+    vouched = {"type": "string", "pattern": VOUCHED, "description": "what an authority says that it is"}
+    return WithJsonSchema({"anyOf": [{"type": "string", "enum": list(words)}, vouched]})
+
+
+def vouched_gpu(authority: str) -> str:
+    """Return the TEE type of a GPU that `authority` vouches for."""
+    return f"{AUTHORITY}{authority}/nvidia-gpu"
 
 
 def key_bytes(fingerprint: str) -> bytes:
@@ -305,6 +337,26 @@ GpuId = Annotated[
     BeforeValidator(_pattern(GPU, 'the id of a GPU such as "ueid:48f2…", "udid:…" or "device_key:…"')),
     _text_schema(GPU, "name and value of an id in a GPU's evidence"),
 ]
+Accepted = Annotated[str, BeforeValidator(_or_vouched(get_args(Tee))), _or_vouched_schema(get_args(Tee))]
+BuiltFor = Annotated[str, BeforeValidator(_or_vouched(CPUS)), _or_vouched_schema(CPUS)]
+RULED: Final = rf"^({'|'.join(get_args(Hardware))}|{VOUCHED.strip('^$')})$"
+RuledType = Annotated[
+    str,
+    BeforeValidator(_or_vouched(get_args(Hardware))),
+    WithJsonSchema({"type": "string", "pattern": RULED}),
+]
+Issuer = Annotated[
+    str,
+    BeforeValidator(
+        _pattern(ISSUER, 'the exact issuer of its tokens, such as "https://sharedeus2.eus2.attest.azure.net"')
+    ),
+    _text_schema(ISSUER, "exactly the `iss` of its tokens"),
+]
+Audience = Annotated[
+    str,
+    BeforeValidator(_pattern(AUDIENCE, "the exact audience of its tokens, at most 200 letters, as a URL has them")),
+    _text_schema(AUDIENCE, "exactly the `aud` of its tokens"),
+]
 Number = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
 Label = Annotated[
     str,
@@ -368,8 +420,25 @@ HexValues = Annotated[tuple[Hex, ...], *_VALUES, _VALUES_SCHEMA]
 Measurements = Annotated[Mapping[Word, HexValues], *_RULES]
 Numbers = Annotated[Mapping[Word, Number], *_RULES]
 Switches = Annotated[Mapping[Word, Annotated[bool, Field(strict=True)]], *_RULES]
-MinSvn = Annotated[Mapping[Hardware, Numbers], *_RULES]
-Require = Annotated[Mapping[Hardware, Switches], *_RULES]
+MinSvn = Annotated[Mapping[RuledType, Numbers], *_RULES]
+Require = Annotated[Mapping[RuledType, Switches], *_RULES]
+
+
+class TokenAuthority(Table):
+    """An attestation service: whatever it says, if a place accepts its word. Its operator can vouch for any machine."""
+
+    kind: AuthorityKind
+    """`maa`: Microsoft Azure Attestation; `confidential-space`: Google's; `nras`: NVIDIA's, of GPUs."""
+    issuer: Issuer
+    jwks: Annotated[
+        tuple[Digest, ...],
+        BeforeValidator(_some),
+        BeforeValidator(_at_most(MAX_JWKS, "documents")),
+        Field(json_schema_extra={"minItems": 1, "uniqueItems": True}),
+    ]
+    """SHA-256 of each JWKS document whose keys count, exactly as the service published it."""
+    audience: Audience | None = None
+    """Whom its tokens are for; Confidential Space always says."""
 
 
 class Platforms(Table):
@@ -404,7 +473,7 @@ class Build(Table):
 
     label: Label
     """Its name in messages."""
-    tee: Cpu | None = None
+    tee: BuiltFor | None = None
     """The TEE type that it is for."""
     measurements: Measurements | None = None
     """Measurement -> accepted values."""
@@ -425,8 +494,9 @@ class TeePlace(Table):
     """A trusted execution environment."""
 
     kind: Literal["tee"]
-    accept: Annotated[tuple[Tee, ...], *_SOME]
-    """TEE types; `simulated` stands for every soft TEE, which protects nothing."""
+    accept: Annotated[tuple[Accepted, ...], *_SOME]
+    """TEE types; `simulated` stands for every soft TEE, which protects nothing; `authority:<name>/<type>` for the word of an
+    authority, whose operator can vouch for any machine."""
     min_tcb: Month | None = None
     """Oldest firmware accepted."""
     tcb: Annotated[tuple[TcbStatus, ...], *_SOME] | None = None
@@ -442,6 +512,8 @@ class TeePlace(Table):
     platforms: Platforms | None = None
     """Which machines; without it every genuine one."""
     gpu: Literal["none", "confidential"] = "none"
+    gpu_authorities: SomeNames | None = None
+    """Authorities of kind nras whose word about a GPU counts like its own evidence; needs `gpu = "confidential"`."""
     gpus: Gpus | None = None
     """Which GPUs; needs `gpu = "confidential"`."""
     software: Annotated[
@@ -578,6 +650,7 @@ class ContractFile(Table):
     code: Annotated[Mapping[Name, Code], Field(min_length=1)]
     data: Mapping[Name, Data] = Field(default_factory=_empty)
     stream: Mapping[Name, Stream] = Field(default_factory=_empty)
+    authority: Mapping[Name, TokenAuthority] = Field(default_factory=_empty)
     place: Annotated[Mapping[Name, Place], Field(min_length=1)]
     phase: Phases
     board: Mapping[Name, Board] = Field(default_factory=_empty)
@@ -599,6 +672,8 @@ class Contract:
     code: Mapping[str, Code]
     data: Mapping[str, Data]
     stream: Mapping[str, Stream]
+    authorities: Mapping[str, TokenAuthority]
+    """The tables `[authority.<name>]`. (`authority` says who agrees to changes.)"""
     place: Mapping[str, TeePlace | HostPlace | HePlace]
     phase: Mapping[str, Phase]
     """In the order train, refine, serve; only those that the file has."""

@@ -9,8 +9,9 @@ Steps, in this order; all findings of steps 2 to 5 are reported together, by lin
       names      owners (parties, boards) share one name space; code, data, streams and outputs another; reserved words
       parties    one fingerprint, one party
       owners     a party or a board; only outputs may belong to `nobody`
+      authorities  tokens of Confidential Space are for an audience, those of NRAS for nobody in particular
       places     `refresh` is a tee place; `files` names a party; a rule for a TEE type is for one that is accepted;
-                 `gpus` needs a GPU; accepted builds have labels of their own and at least one rule
+                 an accepted authority is declared; `gpus` needs a GPU; accepted builds have labels of their own and at least one rule
       phases     every name is declared; an output has one owner, and overwritten data keeps its owner
       code       secret code is sealed; sealed code leaves nothing but outputs and answers of constant size
       boards     members are parties, `need` is reachable, `veto` is a subset
@@ -34,6 +35,8 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from cloister.attestation.authority import TYPES
+from cloister.attestation.types import AUTHORITY
 from cloister.contract import model
 from cloister.contract.model import NOBODY, PHASES, Contract, ContractFile
 from cloister.contract.text import Finding, line_index, line_of, long_key, text_findings
@@ -69,6 +72,7 @@ _ENTRIES: Final[Mapping[str, TypeAdapter[Any]]] = MappingProxyType(
         "code": TypeAdapter(model.Code),
         "data": TypeAdapter(model.Data),
         "stream": TypeAdapter(model.Stream),
+        "authority": TypeAdapter(model.TokenAuthority),
         "place": TypeAdapter(model.Place),
         "phase": TypeAdapter(model.Phase),
         "board": TypeAdapter(model.Board),
@@ -90,8 +94,8 @@ _TOML_LINE: Final = re.compile(r"\(at line (\d+), column (\d+)\)")
 def parse(data: bytes, *, name: str, places_only: bool = False) -> Contract:
     """Return the contract in `data`; `name` is what messages call the file.
 
-    With `places_only`, a file of [place] tables and nothing else is taken too, as a contract that nobody can sign: for those who
-    judge evidence by a place without a contract around it.
+    With `places_only`, a file of [place] tables (and the authorities that they accept) and nothing else is taken too, as a contract
+    that nobody can sign: for those who judge evidence by a place without a contract around it.
 
     Raises:
         InputError: code `contract-invalid`; `reasons` holds every `Finding`, sorted by line.
@@ -111,7 +115,8 @@ def parse(data: bytes, *, name: str, places_only: bool = False) -> Contract:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise _invalid(name, [*findings, _toml_finding(error)]) from None
-    if places_only and isinstance(document, dict) and set(document) == {"place"} and document["place"]:
+    alone = isinstance(document, dict) and set(document) - {"authority"} == {"place"}
+    if places_only and alone and document["place"]:
         first = next(iter(document["place"])) if isinstance(document["place"], dict) else ""
         phase = {"run": "nothing", "at": first, "read": ["nothing-else"]}
         document = {**_AROUND, "phase": {"train": phase}, **document}
@@ -249,6 +254,7 @@ class _Draft:
         self._rule_names()
         self._rule_parties()
         self._rule_owners()
+        self._rule_authorities()
         self._rule_places()
         for name, phase in self.tables["phase"].items():
             if name in PHASES:
@@ -286,6 +292,14 @@ class _Draft:
             for name, entry in self.tables[section].items():
                 self._known((section, name, "owner"), entry.owner, self._owners(), "a party or a board")
 
+    def _rule_authorities(self) -> None:
+        for name, entry in self.tables["authority"].items():
+            path = ("authority", name, "audience")
+            if entry.kind == "confidential-space" and entry.audience is None:
+                self.refuse(path, "nothing", "whom its tokens are for: it makes them for many")
+            if entry.kind == "nras" and entry.audience is not None:
+                self.refuse(path, repr(entry.audience), "nothing: NRAS makes its tokens for nobody in particular")
+
     def _rule_places(self) -> None:
         for name, place in self.tables["place"].items():
             if isinstance(place, model.HePlace):
@@ -303,8 +317,19 @@ class _Draft:
 
     def _rule_tee_place(self, here: Path, place: model.TeePlace) -> None:
         # a soft TEE plays any hardware, so rules for each of them have a meaning there
-        accepted = model.CPUS if "simulated" in place.accept else place.accept
+        accepted = (*model.CPUS, *place.accept) if "simulated" in place.accept else place.accept
         devices = ("nvidia-gpu", "tpm") if place.gpu == "confidential" else ("tpm",)
+        self._rule_vouched((*here, "accept"), place)
+        for name in place.gpu_authorities or ():
+            self._known((*here, "gpu_authorities"), name, self.declared["authority"], "an authority of kind nras")
+            declared = self.tables["authority"].get(name)
+            if declared is not None and declared.kind != "nras":
+                self.refuse(
+                    (*here, "gpu_authorities"), f"{name!r} of kind {declared.kind}", "an authority of kind nras"
+                )
+            devices = (*devices, model.vouched_gpu(name))
+        if place.gpu_authorities is not None and place.gpu != "confidential":
+            self.refuse((*here, "gpu_authorities"), f"gpu {place.gpu!r}", 'gpu = "confidential" too')
         for key, rules in (("min_svn", place.min_svn), ("require", place.require)):
             for tee in rules or ():
                 self._known((*here, key, tee), tee, (*accepted, *devices), "a type that this place accepts")
@@ -321,6 +346,22 @@ class _Draft:
             if not (build.measurements or build.svns_equal or build.svns_least or build.log):
                 wanted = "measurements, svns_equal, svns_least or log: without a rule it would be any software"
                 self.refuse(path, "no rule", wanted)
+
+    def _rule_vouched(self, path: Path, place: model.TeePlace) -> None:
+        known: list[str] = []
+        for name in self.declared["authority"]:
+            entry = self.tables["authority"].get(name)
+            # a table with a mistake of its own may be of any kind
+            kinds = [kind for kind in TYPES if kind != "nras"] if entry is None else [entry.kind]
+            known += [f"{AUTHORITY}{name}/{word}" for kind in kinds for word in TYPES[kind] if kind != "nras"]
+        for item in place.accept:
+            if not item.startswith(AUTHORITY):
+                continue
+            entry = self.tables["authority"].get(item.removeprefix(AUTHORITY).split("/", 1)[0])
+            if entry is not None and entry.kind == "nras":
+                self.refuse(path, repr(item), "what vouches for a machine", "name it in `gpu_authorities`")
+            else:
+                self._known(path, item, known, "a type of an authority of this contract")
 
     def _rule_platforms(self, here: Path, platforms: model.Platforms) -> None:
         if platforms.allow is None and platforms.deny is None:
@@ -463,6 +504,7 @@ class _Draft:
             code=tables["code"],
             data=tables["data"],
             stream=tables["stream"],
+            authorities=tables["authority"],
             place=tables["place"],
             phase=MappingProxyType(phases),
             board=tables["board"],
@@ -521,6 +563,8 @@ _MEANING: Final = {
     "read": "the assets that it reads",
     "boot": "the digests of accepted boot states",
     "accept": "the TEE types that are accepted",
+    "issuer": "the issuer of its tokens, https://...",
+    "jwks": "the SHA-256 of each JWKS document whose keys count",
 }
 
 
@@ -585,5 +629,6 @@ def _known_keys(path: Path, full: Path, document: Mapping[str, Any]) -> tuple[st
         "stream": model.Stream,
         "phase": model.Phase,
         "board": model.Board,
+        "authority": model.TokenAuthority,
     }
     return tuple(classes[str(section)].model_fields)

@@ -7,9 +7,9 @@ The schema knows form only: names that do not exist and rules between tables are
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from cloister.contract.model import ContractFile
+from cloister.contract.model import RULED, VOUCHED, ContractFile, Hardware
 
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _NULL: Final = {"type": "null"}
@@ -44,6 +44,10 @@ def _for_toml(node: Any) -> Any:
     if "enum" in node.get("propertyNames", {}):  # a closed set of names: editors complete `properties`
         node["properties"] = dict.fromkeys(node.pop("propertyNames")["enum"], node["additionalProperties"])
         node["additionalProperties"] = False
+    if RULED in node.get("patternProperties", {}):  # such a set, and names of another form
+        entry = node["patternProperties"][RULED]
+        node["properties"] = dict.fromkeys(get_args(Hardware), entry)
+        node["patternProperties"] = {VOUCHED: entry}
     if "patternProperties" in node:  # names of another form are unknown keys
         node["additionalProperties"] = False
     return {key: _for_toml(value) for key, value in node.items()}
