@@ -427,3 +427,12 @@ def test_evidence_files_need_their_roles() -> None:
     with pytest.raises(InputError, match="report"):
         need(Case("snp", {}, NOW), "report")
     assert refusal(wire.decode, b"\xa0").code == "evidence-malformed"
+
+
+def test_a_role_that_is_written_out_is_of_the_kind_that_the_bytes_show() -> None:
+    machine = soft_snp.machine()
+    report = soft_snp.report(machine, measurement=bytes(48), report_data=bytes(64))
+    assert sniff.assemble([("report=x", report), ("leaf=y", machine.leaf)]).kind == "snp"
+    gpu = soft_nvidia.gpu()
+    evidence = soft_nvidia.evidence(gpu, bytes(32))
+    assert sniff.assemble([("report=x", evidence.quote), ("chain=y", gpu.chain)]).kind == "nvidia"

@@ -27,6 +27,11 @@ def command() -> None:
 
     A document names programs (digests of `cloister measure`) and builds of machines (launch measurements). Its signature is an SSH
     signature in FILE.sig; its serial grows, and an older document is refused once a newer one was seen.
+
+    \b
+    Examples:
+      cloister reference make --name trainer --workload trainer.workload --to trainer.json
+      cloister reference import trainer.json --signer SHA256:5cHj…
     """
 
 

@@ -110,10 +110,11 @@ def assemble(named: Iterable[tuple[str, bytes]]) -> Assembled:
     reasons: list[Reason] = []
     for name, data in named:
         role, _, path = name.partition("=")
-        if path:
-            guesses.append((path, "", role, data))
-            continue
         guess = sniff(data)
+        if path:
+            # what the bytes look like decides between kinds that use the same word
+            guesses.append((path, guess[0] if guess is not None and guess[1] == role else "", role, data))
+            continue
         if guess is None:
             hint = "say what it is: ROLE=FILE, with a role such as quote, report, leaf, chain, collateral (`--help`)"
             reasons.append(Reason(name, "bytes of no known form", "evidence, a certificate, collateral or a log", hint))
@@ -149,11 +150,10 @@ def _kind(guesses: list[tuple[str, str, str, bytes]]) -> str:
     roles = {role for _, _, role, _ in guesses}
     seen = {kind for _, kind, _, _ in guesses}
     for wanted in range(max(map(len, PRIMARY.values()))):  # the most telling role of any kind decides
-        found = [
-            kind
-            for kind, primary in PRIMARY.items()
-            if len(primary) > wanted and primary[wanted] in roles and (kind in seen or seen == {""})
-        ]
+        named = [kind for kind, primary in PRIMARY.items() if len(primary) > wanted and primary[wanted] in roles]
+        found = [kind for kind in named if kind in seen]
+        if not found and not seen & PRIMARY.keys():
+            found = named  # nobody recognised anything: the words alone
         if len(found) > 1:
             raise InputError(
                 "these files are evidence of more than one kind",
