@@ -66,13 +66,13 @@ from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cloister.attestation import events as event_log
 from cloister.attestation.nvidia import eat
 from cloister.attestation.pki import certificate
-from cloister.attestation.types import AUTHORITY, NOT_RATED, Claims, Event
+from cloister.attestation.types import AUTHORITY, NOT_RATED, AuthorityKind, Claims, Event
 from cloister.crypto.canonical import json_decode, json_encode
 from cloister.errors import EvidenceError, Reason
 
-__all__ = ["ALGORITHMS", "PREFIX", "STEPS", "TYPES", "Authority", "Kind", "nonce_in", "nonce_text", "verify_token"]
+__all__ = ["ALGORITHMS", "PREFIX", "STEPS", "Authority", "Kind", "nonce_in", "nonce_text", "verify_token"]
 
-Kind = Literal["maa", "confidential-space", "nras"]
+Kind = AuthorityKind
 KINDS: Final[frozenset[str]] = frozenset(get_args(Kind))
 
 PREFIX: Final = AUTHORITY
@@ -87,15 +87,6 @@ LIMIT: Final = 64 * 1024
 JWKS_LIMIT: Final = 256 * 1024
 RSA_BITS: Final = 2048
 NONCE_BYTES: Final = (32, 64)
-TYPES: Final[Mapping[Kind, tuple[str, ...]]] = MappingProxyType(
-    {
-        "maa": ("sevsnpvm", "tdxvm", "sgx", "azurevm-sevsnpvm", "azurevm-tdxvm"),
-        "confidential-space": ("gcp_amd_sev", "gcp_amd_sev_es", "gcp_amd_sev_snp", "gcp_intel_tdx"),
-        "nras": ("nvidia-gpu",),
-    }
-)
-"""What a service of each kind can say a machine or a GPU is: `Claims.tee` after the name. Shielded VMs and switches are left
-out, which no place takes."""
 
 STEPS: Final[Mapping[str, str]] = MappingProxyType(
     {

@@ -51,7 +51,17 @@ reset count) are the guest's own or count something else, and say nothing about 
 
 AUTHORITY: Final = "authority:"
 """Begins every TEE type that is a service's word and no hardware: `authority:<name>/<type>` (`authority.py`)."""
-_VOUCHED: Final[Mapping[str, str]] = MappingProxyType(
+AuthorityKind = Literal["maa", "confidential-space", "nras"]
+VOUCHED: Final[Mapping[AuthorityKind, tuple[str, ...]]] = MappingProxyType(
+    {
+        "maa": ("sevsnpvm", "tdxvm", "sgx", "azurevm-sevsnpvm", "azurevm-tdxvm"),
+        "confidential-space": ("gcp_amd_sev", "gcp_amd_sev_es", "gcp_amd_sev_snp", "gcp_intel_tdx"),
+        "nras": ("nvidia-gpu",),
+    }
+)
+"""What a service of each kind can say a machine or a GPU is: `Claims.tee` after the name. Shielded VMs and switches are left
+out, which no place takes."""
+_BELOW: Final[Mapping[str, str]] = MappingProxyType(
     {
         "sevsnpvm": "sev-snp",
         "tdxvm": "tdx",
@@ -73,7 +83,7 @@ def base(tee: str) -> str:
 def below(tee: str) -> str:
     """Return `base`, or the kind of hardware that a service speaks about: `sev-snp` for `authority:azure/sevsnpvm`. For rules
     about what such hardware always shows or never has; no policy that accepts the hardware accepts the service."""
-    return _VOUCHED.get(tee.rpartition("/")[2], tee) if tee.startswith(AUTHORITY) else base(tee)
+    return _BELOW.get(tee.rpartition("/")[2], tee) if tee.startswith(AUTHORITY) else base(tee)
 
 
 @dataclass(frozen=True, slots=True)

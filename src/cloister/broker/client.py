@@ -50,7 +50,8 @@ from cloister.attestation.binding import Binding, check_binding
 from cloister.attestation.endorsements import Endorsements
 from cloister.attestation.events import config_of
 from cloister.attestation.roots import Roots
-from cloister.attestation.types import Claims, Policy
+from cloister.attestation.token.format import only
+from cloister.attestation.types import AUTHORITY, Claims, Policy
 from cloister.attestation.verify import VERIFIERS, verify
 from cloister.broker import wire
 from cloister.broker.log import tree
@@ -111,11 +112,13 @@ class Trust:
 
     def policy(self, launch: str) -> Policy:
         """Return the appraisal policy for a broker whose launch measurement is called `launch`; the only place where `Trust`
-        becomes one. Hardware without a launch measurement (empty) is refused."""
+        becomes one. Hardware without a launch measurement (empty) is refused, and so is a service's word about hardware: authorities
+        are named by contracts, and a broker serves them all."""
+        hardware = frozenset(tee for tee in self.accept if not tee.startswith(AUTHORITY)) - {SIMULATED}
         return Policy(
             where="broker",
             kind="tee",
-            accept=self.accept | {SIMULATED} if self.allow_soft else self.accept - {SIMULATED},
+            accept=hardware | {SIMULATED} if self.allow_soft else hardware,
             reference_values={launch or "launch": self._software() if launch else frozenset()},
         )
 
@@ -146,12 +149,14 @@ class Trust:
         return tuple(reasons)
 
     def collateral(self, now: datetime, *kinds: str) -> Endorsements:
-        """Return what endorses evidence of `kinds` (default: all): yours, and for soft TEEs what is made here."""
+        """Return what endorses evidence of `kinds` (default: all): yours, and for soft TEEs what is made here. It never names an
+        authority of tokens: contracts do."""
+        hardware = only(self.endorsements, ())
         if not (self.allow_soft and self.roots.soft):
-            return self.endorsements
+            return hardware
         from cloister.attestation.edge.collateral import soft_collateral
 
-        return self.endorsements | soft_collateral(now, *kinds)
+        return hardware | soft_collateral(now, *kinds)
 
 
 def root_pins(pairs: Iterable[tuple[str, str]]) -> Mapping[str, frozenset[str]]:

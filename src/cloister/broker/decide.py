@@ -5,6 +5,7 @@ of all steps that could be judged:
 
   1 nonce      issued by this broker, not used before, at most 60 s old            `evidence-stale`
   2 authentic  attestation.verify: vendor's chain, signature, event log            stops: nothing else is known then
+               (a token of an attestation service: under the authorities of this very contract, and no others)
   3 bound      report data == Binding(purpose, nonce, key, our TLS key, contract, phase, digest of the request, devices),
                and each device is bound to the same without devices
   4 software   the launch measurement of this hardware (`mrtd`, `mrenclave`, `measurement`, `pcr0`, ...) is an accepted
@@ -46,7 +47,7 @@ from cloister.broker.life import State as Life
 from cloister.broker.life import on as state_on
 from cloister.confine.profile import NAMES as PROFILES
 from cloister.confine.profile import profile
-from cloister.contract.decide import Request, State
+from cloister.contract.decide import Request, State, endorsed
 from cloister.contract.decide import decide as decide_contract
 from cloister.contract.model import NOBODY, Contract
 from cloister.errors import CloisterError, DeniedError, EvidenceError, Reason, WaitingError
@@ -260,7 +261,8 @@ def _judge(
         raise ValueError("`now` has no time zone")
     stale = nonce_reasons(nonce_issued, now)  # 1
     try:
-        claims = verify(evidence, trusted.endorsements, trusted.roots, now=now)  # 2
+        collateral = endorsed(trusted.endorsements, None if known is None else known.contract)
+        claims = verify(evidence, collateral, trusted.roots, now=now)  # 2
     except EvidenceError as error:
         code = "evidence-stale" if stale else error.code
         return Refusal(EvidenceError(error.message, code=code, reasons=(*stale, *error.reasons), hint=error.hint))
@@ -350,7 +352,8 @@ def software_policy(claims: Claims, trusted: Trusted) -> Policy:
     return Policy(
         where="node",
         kind="tee" if claims.kind == "device" else claims.kind,  # a device alone is no node
-        accept=frozenset({"simulated" if claims.soft else claims.tee}),
+        # which services count for a GPU is the place's business, too
+        accept=frozenset({"simulated" if claims.soft else claims.tee, *(device.tee for device in claims.devices)}),
         debug=True,
         gpu="none",
         boot=frozenset() if claims.boot is None else frozenset({claims.boot}),

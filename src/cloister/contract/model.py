@@ -20,8 +20,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from cloister.attestation.authority import Kind as AuthorityKind
-from cloister.attestation.types import AUTHORITY
+from cloister.attestation.types import AUTHORITY, AuthorityKind
 
 NAME: Final = r"^[a-z][a-z0-9-]{0,39}$"
 DIGEST: Final = r"^sha256:[0-9a-f]{64}$"

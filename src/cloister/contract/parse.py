@@ -35,8 +35,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from cloister.attestation.authority import TYPES
-from cloister.attestation.types import AUTHORITY
+from cloister.attestation.types import AUTHORITY, VOUCHED
 from cloister.contract import model
 from cloister.contract.model import NOBODY, PHASES, Contract, ContractFile
 from cloister.contract.text import Finding, line_index, line_of, long_key, text_findings
@@ -352,8 +351,8 @@ class _Draft:
         for name in self.declared["authority"]:
             entry = self.tables["authority"].get(name)
             # a table with a mistake of its own may be of any kind
-            kinds = [kind for kind in TYPES if kind != "nras"] if entry is None else [entry.kind]
-            known += [f"{AUTHORITY}{name}/{word}" for kind in kinds for word in TYPES[kind] if kind != "nras"]
+            kinds = [kind for kind in VOUCHED if kind != "nras"] if entry is None else [entry.kind]
+            known += [f"{AUTHORITY}{name}/{word}" for kind in kinds for word in VOUCHED[kind] if kind != "nras"]
         for item in place.accept:
             if not item.startswith(AUTHORITY):
                 continue

@@ -47,7 +47,7 @@ from cloister.broker.wire import (
     SessionStatement,
     query_message,
 )
-from cloister.contract.decide import Request, State, decide
+from cloister.contract.decide import Request, State, decide, endorsed
 from cloister.contract.model import Contract
 from cloister.crypto import hpke
 from cloister.crypto.keys import Secret
@@ -208,7 +208,9 @@ class ServiceClient:
         now = self._clock()
         evidence = evidence_format.decode(reply.evidence)
         kinds = (evidence.kind, *(device.kind for device in evidence.devices))
-        claims = verify(evidence, self._trust.collateral(now, *kinds), self._trust.roots, now=now)  # 1
+        # the service may be at a place that takes tokens: of this contract's authorities
+        collateral = endorsed(self._trust.collateral(now, *kinds), self._contract)
+        claims = verify(evidence, collateral, self._trust.roots, now=now)  # 1
         binding = Binding(
             "service",
             request.nonce,

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cloister.attestation.authority import Kind
 from cloister.attestation.endorsements import Endorsement, Endorsements
+from cloister.attestation.types import AuthorityKind
 from cloister.crypto.canonical import json_decode, json_encode
 from cloister.errors import EvidenceError, Reason
 
@@ -24,7 +24,7 @@ LIMIT: Final = 64 * 1024
 class Named:
     """An authority without its keys; they come with the evidence, and count by their digest."""
 
-    kind: Kind
+    kind: AuthorityKind
     issuer: str
     jwks: frozenset[str]
     """`sha256:` and 64 hex digits, of the exact bytes of each accepted JWKS document."""
