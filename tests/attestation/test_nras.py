@@ -238,6 +238,14 @@ def test_files_tell_what_is_known_without_keys_and_with_them() -> None:
     found = files.observe(Case("nvidia", {"eat": bundle(), "jwks": jwks()}, NOW, nonce=bytes(32)))
     assert found.facts == {"parse": True, "authentic": False}
     found = files.observe(Case("nvidia", {"eat": bundle({"submods": None})}, NOW))
+    # the service's no is a refusal, and a nonce that nobody gave was not compared
+    no = bundle({"x-nvidia-overall-att-result": False})
+    found = files.observe(Case("nvidia", {"eat": no, "jwks": jwks()}, NOW, nonce=NONCE))
+    assert found.error is not None
+    assert [step.name for step in found.steps if step.state == "failed"] == ["nras.7-result"]
+    found = files.observe(Case("nvidia", {"eat": bundle(), "jwks": jwks()}, NOW))
+    assert {step.name for step in found.steps if step.state == "not done"} == {"nras.5-nonce"}
+    found = files.observe(Case("nvidia", {"eat": bundle({"submods": None})}, NOW))
     assert found.facts == {"parse": False, "authentic": False}
 
 
