@@ -244,13 +244,17 @@ def test_gpus_are_bound_to_the_session_and_the_cpu_to_them(broker: RunningBroker
     assert answer.status == 200, answer.body
     assert open_jwe(kbs.resource(path).json, kbs.key) == world.xrays_key.reveal()
 
-    # a report for another session, and a GPU more than the CPU vouched for
+    # a report for another session, one GPU shown as two, and a GPU less than the CPU vouched for
     kbs = client(broker)
     kbs.auth()
     assert "kbs.additional_evidence.0.nonce" in kbs.attest(kbs.attestation(kbs.gpus(gpu, nonce=bytes(32)))).detail
     kbs.auth()
     value = kbs.attestation(kbs.gpus(gpu))
     value["tee-evidence"]["additional_evidence"] = kbs.gpus(gpu, gpu)
+    assert "evidence.devices.1" in kbs.attest(value).detail
+    kbs.auth()
+    value = kbs.attestation(kbs.gpus(gpu))
+    value["tee-evidence"]["additional_evidence"] = ""
     assert "kbs.report_data" in kbs.attest(value).detail
 
 

@@ -51,6 +51,8 @@ MAX_REQUEST: Final = 2 << 20
 MAX_EVIDENCE: Final = 1 << 20
 """Evidence in a message: a quote, logs of 300 kB and eight GPUs fit twice. The format itself has room for 8 MiB
 (`attestation.evidence.LIMITS`): that is for files, and strangers may send requests to a broker."""
+MAX_VALUES: Final = 1 << 15
+"""CBOR values in one message: a list of a thousand log lines has two thousand, and decoding a hundred thousand takes 0.3 s."""
 MAX_REPLY: Final = 16 << 20
 """Largest answer, 16 MiB: only log entries come near it."""
 
@@ -376,7 +378,7 @@ class Message:
             PeerError: code `protocol`; see the rules of parsing above.
         """
         try:
-            return cls.from_map(cbor_decode(data, limit=cls.LIMIT), cls.__name__)
+            return cls.from_map(cbor_decode(data, limit=cls.LIMIT, items=MAX_VALUES), cls.__name__)
         except ValueError as error:
             raise PeerError(
                 f"the other side sent something else than a {cls.__name__}",
