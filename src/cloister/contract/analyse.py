@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, assert_never
 
+from cloister.attestation.types import AUTHORITY, FIRMWARE, below
 from cloister.contract.change import show, show_size
 from cloister.contract.model import (
     NOBODY,
@@ -28,9 +29,12 @@ from cloister.contract.model import (
     Platforms,
     TeePlace,
     key_bytes,
+    vouched_gpu,
 )
 
-ReaderKind = Literal["owner", "code", "refresh", "host", "unconfined", "output", "metrics", "logs", "answers"]
+ReaderKind = Literal[
+    "owner", "code", "refresh", "host", "authority", "unconfined", "output", "metrics", "logs", "answers"
+]
 ChangerKind = Literal["owner", "appends", "code", "feeds", "successor", "rules", "signatures"]
 
 _FORMS = {"label": "labels", "score": "scores", "full": "full answers"}
@@ -219,7 +223,7 @@ def place_text(contract: Contract, name: str) -> str:
                 says.append(f"files {place.files}")
             says += _machines(place.platforms)
         case TeePlace():
-            says = [" or ".join("a soft TEE" if tee == "simulated" else tee for tee in place.accept), *_wants(place)]
+            says = [" or ".join(_accepted(contract, tee) for tee in place.accept), *_wants(contract, place)]
         case never:
             assert_never(never)
     if place.debug:
@@ -227,7 +231,22 @@ def place_text(contract: Contract, name: str) -> str:
     return f"{name}: {'; '.join(says)}"
 
 
-def _wants(place: TeePlace) -> Iterator[str]:
+def _accepted(contract: Contract, tee: str) -> str:
+    if tee == "simulated":
+        return "a soft TEE"
+    if not tee.startswith(AUTHORITY):
+        return tee
+    name, word = _vouched(tee)
+    return f"whatever {contract.authorities[name].issuer} says is {word}"
+
+
+def _vouched(tee: str) -> tuple[str, str]:
+    """Return name and type of `authority:<name>/<type>`."""
+    name, _, word = tee.removeprefix(AUTHORITY).partition("/")
+    return name, word
+
+
+def _wants(contract: Contract, place: TeePlace) -> Iterator[str]:
     if place.min_tcb is not None:
         yield f"firmware of {show(place.min_tcb)} or newer"
     if place.tcb is not None:
@@ -243,6 +262,8 @@ def _wants(place: TeePlace) -> Iterator[str]:
     yield from _machines(place.platforms)
     if place.gpu == "confidential":
         yield "every GPU confidential" + (f" and one of {_few(place.gpus.allow)}" if place.gpus is not None else "")
+        for name in place.gpu_authorities or ():
+            yield f"a GPU is also whatever {contract.authorities[name].issuer} says is one"
     if place.software:
         yield f"software {' or '.join(_build(build) for build in place.software)}"
 
@@ -332,8 +353,19 @@ def _host_readers(
         who = f"whoever runs a machine as {place_name}"
         what = "TEE" if isinstance(place, TeePlace) else "TPM"
         yield Reader(asset, path, "host", who, f"in full, because a soft {what} protects nothing")
+    for name, what in _vouching(place):
+        who = f"the operator of {contract.authorities[name].issuer}"
+        yield Reader(asset, path, "authority", who, f"in full, for it can vouch for any {what} as one of {place_name}")
     if place.debug:
         yield Reader(asset, path, "host", f"whoever debugs {place_name}", "in full")
+
+
+def _vouching(place: TeePlace | HostPlace | HePlace) -> Iterator[tuple[str, str]]:
+    """Yield each authority whose word lets something in at `place`, with what it lets in."""
+    if isinstance(place, TeePlace):
+        names = (_vouched(tee)[0] for tee in place.accept if tee.startswith(AUTHORITY))
+        yield from ((name, "machine") for name in dict.fromkeys(names))
+        yield from ((name, "GPU") for name in place.gpu_authorities or ())
 
 
 def _owner_gets(contract: Contract, owner: str, asset: str) -> str:
@@ -432,25 +464,70 @@ def _lint_places(contract: Contract) -> Iterator[Note]:
             if "simulated" in place.accept:
                 yield Note(f"{here}.accept", "simulated: a soft TEE protects nothing", warning=True)
             yield from _lint_tcb(here, place)
+            yield from _lint_authorities(contract, here, place)
         if isinstance(place, HostPlace) and "simulated" in place.accept:
             yield Note(f"{here}.accept", "simulated: a soft TPM protects nothing", warning=True)
         if isinstance(place, HostPlace) and place.files is None:
             yield Note(f"{here}.files", "not set: the boot state alone says what the host may run")
 
 
+def _lint_authorities(contract: Contract, here: str, place: TeePlace) -> Iterator[Note]:
+    for name, what in _vouching(place):
+        key = "accept" if what == "machine" else "gpu_authorities"
+        issuer = contract.authorities[name].issuer
+        yield Note(f"{here}.{key}", f"{name}: whatever {issuer} says; its operator can vouch for any {what}")
+    types = [tee for tee in place.accept if tee.startswith(AUTHORITY)]
+    for tee in (*types, *map(vouched_gpu, place.gpu_authorities or ())):
+        for key, rules in (("min_svn", place.min_svn or {}), ("require", place.require or {})):
+            if below(tee) in rules and tee not in rules:
+                yield Note(f"{here}.{key}", f"rules for {below(tee)} say nothing about {tee}: name it, too")
+    for tee in types:
+        name, word = _vouched(tee)
+        if word.startswith("azurevm-"):
+            text = f"{tee} says nothing about the guest's software: no broker takes it for a node"
+            yield Note(f"{here}.accept", text, warning=True)
+        pinned = _pinned(place, tee)
+        if contract.authorities[name].kind == "maa" and "maa_policy_hash" not in pinned:
+            text = f"{tee}: who owns the instance writes its policy; a build can pin maa_policy_hash"
+            yield Note(f"{here}.software", text)
+        overridden = (place.require or {}).get(tee, {}).get("overridden")
+        if (
+            contract.authorities[name].kind == "confidential-space"
+            and overridden is not False
+            and "arguments" not in pinned
+        ):
+            text = f"{tee}: whoever starts it chooses its arguments as far as its image lets him; overridden = false forbids it"
+            yield Note(f"{here}.require", text)
+
+
+def _pinned(place: TeePlace, tee: str) -> frozenset[str]:
+    """Return the measurements that every build for `tee` pins."""
+    builds = [frozenset(build.measurements or ()) for build in place.software if build.tee in (None, tee)]
+    return frozenset.intersection(*builds) if builds else frozenset()
+
+
 _UNRATED = ("sev-snp", "nitro", "cca", "azure-snp")
 """TEE types whose vendors publish no TCB levels: no status but `NotRated`, no date."""
+_RATED = ("tdxvm", "azurevm-tdxvm")
+"""Types of a service's word that have Intel's status."""
 
 
 def _lint_tcb(here: str, place: TeePlace) -> Iterator[Note]:
-    unrated = [tee for tee in place.accept if tee in _UNRATED]
-    bare = [tee for tee in unrated if tee not in (place.min_svn or {})]
+    # a service's token has no TCB date either, and a status only where it speaks of Intel's hardware
+    undated = [tee for tee in place.accept if tee in _UNRATED or tee.startswith(AUTHORITY)]
+    unrated = [tee for tee in undated if tee in _UNRATED or _vouched(tee)[1] not in _RATED]
+    never = [tee for tee in undated if tee.startswith(AUTHORITY) and below(tee) not in FIRMWARE]
+    bare = [tee for tee in undated if tee not in never and tee not in (place.min_svn or {})]
     if place.min_tcb is None:
         yield Note(f"{here}.min_tcb", "not set: old firmware is accepted if its vendor still calls it up to date")
     elif bare:
         yield Note(f"{here}.min_tcb", f"{', '.join(bare)} has no TCB dates: refused until min_svn sets a floor for it")
-    if place.max_tcb_age is not None and unrated:
-        yield Note(f"{here}.max_tcb_age", f"{', '.join(unrated)} has no TCB dates: always refused here", warning=True)
+    if place.min_tcb is not None and never:
+        yield Note(
+            f"{here}.min_tcb", f"{', '.join(never)} has no date and no numbers: always refused here", warning=True
+        )
+    if place.max_tcb_age is not None and undated:
+        yield Note(f"{here}.max_tcb_age", f"{', '.join(undated)} has no TCB dates: always refused here", warning=True)
     if place.tcb is not None:
         weak = [status for status in place.tcb if status.startswith("OutOfDate")]
         if weak:
@@ -564,6 +641,10 @@ def _lint_unused(contract: Contract) -> Iterator[Note]:
     for name in contract.place:
         if name not in places:
             yield Note(f"place.{name}", "no phase is there")
+    vouching = {name for place in contract.place.values() for name, _ in _vouching(place)}
+    for name in contract.authorities:
+        if name not in vouching:
+            yield Note(f"authority.{name}", "no place accepts its word")
     for output, owner in contract.outputs.items():
         if owner == NOBODY and output not in read:
             yield Note(f"phase.write.{output}", "owned by nobody and read by no phase: it is lost", warning=True)
