@@ -76,7 +76,7 @@ def verify_files(
     reasons: tuple[Reason, ...] = ()
     if policy is not None and observed.claims is not None:
         reasons = appraise(observed.claims, policy, today=time.date())
-    _tell(you, observed, reasons, time, policy)
+    _tell(you, observed, reasons, time, policy, asked=nonce is not None)
 
 
 def observe_files(
@@ -151,8 +151,21 @@ def _observe_own(
     return observe_evidence(evidence, endorsements, Roots(soft=you.soft), now=time, nonce=nonce)
 
 
-def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: datetime, policy: Policy | None) -> None:
-    undone = [step for step in observed.steps if step.state == "not done"]
+def _is_freshness(name: str) -> bool:
+    return name == "freshness" or name.endswith("-nonce")
+
+
+def _tell(
+    you: You,
+    observed: Observation,
+    reasons: tuple[Reason, ...],
+    time: datetime,
+    policy: Policy | None,
+    *,
+    asked: bool,
+) -> None:
+    # whether it is fresh is another question than whether it is genuine, and without --nonce nobody asked it
+    undone = [s for s in observed.steps if s.state == "not done" and (asked or not _is_freshness(s.name))]
     missing = _missing(observed, undone, policy)
     good = observed.error is None and not missing and not reasons
     style = you.ui.style
@@ -170,6 +183,8 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
         width = max(map(len, fields))
         lines += ["", *(_line(f"{name.ljust(width)}  {value}") for name, value in fields.items())]
     verdict = _verdict(observed, missing, reasons, time)
+    if good and not asked:
+        verdict += "; whether it is fresh was not asked (--nonce)"
     lines += ["", _line(verdict)]
     data: dict[str, Any] = {
         "verdict": "good" if good else "refused",
@@ -179,6 +194,7 @@ def _tell(you: You, observed: Observation, reasons: tuple[Reason, ...], time: da
         "fields": fields,
         "reasons": [each.as_json() for each in (*(observed.error.reasons if observed.error else ()), *reasons)],
         "policy": None if policy is None else policy.where,
+        "freshness": "judged" if asked else "not asked",
     }
     you.ui.result(data, "\n".join(lines))
     if not good:
