@@ -490,7 +490,10 @@ class Machine:
 
     def endorsements(self) -> Endorsements:
         """Return what the relying party has about this machine."""
-        found = _endorsements(replace(self, devices=(), measurement=MEASUREMENT, debug=False))
+        # of all that, only these matter to what vendors say
+        window = "valid" if self.window.startswith("leaf") and self.kind != "tpm" else self.window
+        known = Machine(self.kind, self.name, root=self.root, revoked=self.revoked, window=window)
+        found = _endorsements(known)
         for each in self.devices:
             found = found | each.endorsements()
         return found
@@ -658,7 +661,8 @@ def _endorsements(machine: Machine) -> Endorsements:
             return Endorsements((Endorsement(tee, intel.fmspc, document),))
         case "sev-snp-vcek" | "sev-snp-vlek" | "sev-snp-turin" | "azure-snp":
             middle = "asvk" if machine.kind == "sev-snp-vlek" else "ask"
-            found = soft_snp.endorsements(revoked=(middle,) if machine.revoked else (), **options)
+            line: Any = "Turin" if machine.kind == "sev-snp-turin" else "Milan"
+            found = soft_snp.endorsements(revoked=(middle,) if machine.revoked else (), lines=(line,), **options)
             left_out = {"missing": "/crl/", "no-chain": "/v"}.get(machine.window)
             return Endorsements(tuple(each for each in found if left_out is None or left_out not in each.subject))
         case "nitro":
