@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -51,12 +52,16 @@ TARGETS = {
 }
 """Milliseconds on a quiet core; P-384 signatures cost most of the larger ones."""
 FULL_GPU_MS = 40.0
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds over all kinds")
     parser.add_argument("--count", type=int, default=20, help="verifications of each kind in a round")
     parser.add_argument("--releases", type=int, default=60, help="releases with each kind")
+    parser.add_argument(
+        "--no-matrix", action="store_true", help="leave out the soft matrix, which takes most of the time"
+    )
     parser.add_argument("--vectors", type=Path, help="a directory of real evidence with a manifest.json")
 
 
@@ -76,6 +81,8 @@ def figures(options: argparse.Namespace) -> Iterator[Figure]:
     if options.vectors is not None:
         yield from _real(options)
     yield from _releases(options)
+    if not options.no_matrix:
+        yield from _matrix()
 
 
 def _verification(options: argparse.Namespace) -> Iterator[Figure]:
@@ -99,34 +106,16 @@ def _verification(options: argparse.Namespace) -> Iterator[Figure]:
         yield Figure(
             f"verify {kind}, p50", statistics.median(times), "ms", target=TARGETS.get(kind.removeprefix("soft-"))
         )
-    matrix = [(piece, change) for pieces in evidence.values() for piece in pieces[:1] for change in _faults(piece)]
-    yield Figure(
-        f"soft matrix, {len(matrix)} faulty pieces of {len(evidence)} kinds",
-        statistics.median(times_ms(3, lambda: [_refused(each, endorsements, roots, now) for _, each in matrix])) / 1e3,
-        "s",
-    )
 
 
-def _faults(piece: Evidence) -> Iterator[Evidence]:
-    """Yield `piece` with one fault each: bits of the quote, another log, a device taken away."""
-    for place in range(0, len(piece.quote), max(1, len(piece.quote) // 40)):
-        quote = bytearray(piece.quote)
-        quote[place] ^= 0x40
-        yield replace(piece, quote=bytes(quote))
-    if piece.events:
-        yield replace(piece, events=piece.events + piece.events)
-
-
-def _refused(piece: Evidence, endorsements: object, roots: Roots, now: datetime) -> bool:
-    from cloister.attestation.endorsements import Endorsements
-    from cloister.errors import EvidenceError
-
-    assert isinstance(endorsements, Endorsements)
-    try:
-        verify(piece, endorsements, roots, now=now)
-    except EvidenceError:
-        return True
-    return False
+def _matrix() -> Iterator[Figure]:
+    """Time the whole soft matrix: every fault of every kind through a broker (tests/broker/test_matrix.py)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/broker/test_matrix.py"]
+    begin = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the matrix failed:\n{done.stdout[-2000:]}")
+    yield Figure("soft matrix through the broker", time.perf_counter() - begin, "s", target=60.0)
 
 
 def _real(options: argparse.Namespace) -> Iterator[Figure]:
