@@ -38,6 +38,7 @@ class Endorsement:
     | `tpm` | `crl/<SHA-256 of the issuer's certificate, hex>` | DER revocation list of an authority of EK or AK chains |
     | `tpm` | `crl/<any>` | DER revocation list of an authority of such a chain |
     | `nitro` | `crl/<any>` | DER revocation list of an authority of the chain; AWS has none |
+    | `token` | `authority/<name>` | what a contract says about a service, made from it and never stored: `token/format.py` |
     | `cca` | `cpak/<instance id, hex>` or `cpak/<implementation id, hex>` | the platform's public key: JWK or DER |
     """
     data: bytes
