@@ -1,5 +1,7 @@
 """Canonical encodings refuse second encodings; HPKE and wrapping refuse other contexts."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,3 +99,24 @@ def test_derivations_differ_by_label_salt_and_context() -> None:
         keys.derive(key, "cloister/a/1", context=b"c"),
     }
     assert len(outputs) == 4
+
+
+def test_attack_maps_within_keys_cost_no_time() -> None:
+    """165 bytes whose decoding takes minutes: a decoder hashes a map within a key again for each level (found by fuzzing)."""
+    bomb = b"\xa2" * 15 + b"\x23" + bytes(5) + b"\xa2" * 30 + bytes(100)
+    nested = b"\xa1" * 24 + b"\x00" * 30
+    begin = time.process_time()
+    for data in (bomb, nested, b"\xa1\xa0\x00", b"\xa1\x80\x00", b"\xa1\xf6\x00", b"\xa1\xf9\x00\x00\x00"):
+        with pytest.raises(ValueError, match=r"key|CBOR|level"):
+            cbor_decode(data)
+    assert time.process_time() - begin < 1
+
+
+def test_levels_are_bounded_and_real_keys_pass() -> None:
+    assert cbor_decode(cbor_encode({1: {"a": [b"x", {b"k": None}]}})) == {1: {"a": [b"x", {b"k": None}]}}
+    deep: object = 0
+    for _ in range(31):
+        deep = [deep]
+    assert cbor_decode(cbor_encode(deep)) == deep
+    with pytest.raises(ValueError, match="levels"):
+        cbor_decode(cbor_encode([[deep]]))

@@ -21,6 +21,10 @@ MAX_ITEMS = 1 << 18
 encode again, so its size alone says little about its cost."""
 
 
+MAX_DEPTH = 32
+"""Most levels of lists and maps within each other; the deepest message has 6."""
+
+
 def cbor_encode(value: Any) -> bytes:
     """Return the canonical CBOR encoding of `value` (None, bool, int, str, bytes, list, dict)."""
     return cbor2.dumps(value, canonical=True)
@@ -30,11 +34,12 @@ def cbor_decode(data: bytes, *, limit: int = MAX_BYTES, items: int = MAX_ITEMS) 
     """Return the value of canonical CBOR `data`.
 
     Raises:
-        ValueError: not CBOR, too long, more than `items` values, a tag, trailing bytes, or not the canonical encoding.
+        ValueError: not CBOR, too long, more than `items` values or `MAX_DEPTH` levels, a tag, a map key that is no number, bytes
+            or text, trailing bytes, or not the canonical encoding.
     """
     if len(data) > limit:
         raise ValueError(f"message of {len(data)} bytes, at most {limit} are accepted")
-    _count(data, items)
+    _walk(data, items)
     stream = io.BytesIO(data)
     try:
         value = cbor2.CBORDecoder(stream).decode()
@@ -46,10 +51,24 @@ def cbor_decode(data: bytes, *, limit: int = MAX_BYTES, items: int = MAX_ITEMS) 
     return value
 
 
-def _count(data: bytes, most: int) -> None:
-    """Refuse tags, and more than `most` values, before anything is made of them: one walk over the heads (RFC 8949, section 3)."""
+def _walk(data: bytes, most: int) -> None:
+    """Refuse what costs more than it is long, before anything is made of it: one walk over the heads (RFC 8949, section 3).
+
+    Refused are tags (dates, big numbers, fractions: values of types that no message here has), more than `most` values, more
+    than `MAX_DEPTH` levels, and map keys that are no number, bytes or text: a decoder hashes a map within a key once more for
+    each level, so that 165 bytes of maps within keys cost it minutes.
+    """
     at, found, size = 0, 0, len(data)
-    while at < size:
+    left, maps = [1], [False]  # of each open container: values to come, and whether every second one is a key
+    while left:
+        if not left[-1]:
+            left.pop()
+            maps.pop()
+            continue
+        if at >= size:
+            return  # cut off: the decoder says so
+        key = maps[-1] and not left[-1] % 2
+        left[-1] -= 1
         found += 1
         if found > most:
             raise ValueError(f"message of more than {most} values")
@@ -59,9 +78,16 @@ def _count(data: bytes, most: int) -> None:
             width = 1 << (info - 24) if info < 28 else 0  # anything else is not canonical, and refused for that
             info = int.from_bytes(data[at : at + width], "big")
             at += width
+        if key and major > 3:
+            raise ValueError("a map key that is no number, bytes or text")
         if major in (2, 3):
             at += info
-        elif major == 6:  # dates, big numbers, fractions, patterns: values of types that no message here has
+        elif major in (4, 5):
+            left.append(info if major == 4 else 2 * info)
+            maps.append(major == 5)
+            if len(left) > MAX_DEPTH:
+                raise ValueError(f"more than {MAX_DEPTH} levels")
+        elif major == 6:
             raise ValueError(f"a value with tag {info}")
 
 

@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import cbor2
 
+from cloister.attestation import cose
 from cloister.attestation import events as event_log
 from cloister.attestation.edge.attester import DeviceAttester
 from cloister.attestation.types import Event, Evidence
@@ -197,8 +198,8 @@ class NitroAttester:
         else:
             raise MachineError(f"{self._device.path} gives no answer after {TRIES} tries")
         try:
-            answer: Any = cbor2.loads(raw)
-        except (cbor2.CBORError, ValueError, RecursionError) as error:
+            answer: Any = cose.loads(bytes(raw), limit=RESPONSE_LIMIT)  # the hypervisor's bytes: bounded in every way
+        except cose.FormError as error:
             raise MachineError("the Nitro module's answer is no CBOR") from error
         if answer == name:  # requests that return nothing
             return {}
