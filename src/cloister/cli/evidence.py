@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cloister.attestation.files import Observation, Step
     from cloister.attestation.files.manifest import Entry
     from cloister.attestation.types import Claims, Evidence, Policy
+    from cloister.contract.model import Contract
 
 LIMIT: Final = 16 * 1024 * 1024
 _MARKS: Final = {"passed": ("✓", "ok"), "failed": ("✗", "bad"), "not reached": ("·", "dim"), "not done": ("-", "warn")}
@@ -36,8 +37,9 @@ def read(path: Path, what: str) -> bytes:
     return read_file(path, what)
 
 
-def read_policy(path: Path, place: str) -> Policy:
-    """Return the appraisal policy of `place` in `path`, a contract or its [place] tables; the only place if `place` is empty.
+def read_policy(path: Path, place: str) -> tuple[Policy, Contract]:
+    """Return the appraisal policy of `place` in `path`, a contract or its [place] tables (the only place if `place` is empty),
+    and the contract, whose authorities may vouch.
 
     Raises:
         InputError: the file is neither, or has no such place, or has several and none was named.
@@ -56,7 +58,7 @@ def read_policy(path: Path, place: str) -> Policy:
             reasons=[Reason("--place", found, " or ".join(names))],
             hint="name one of the contract's places",
         )
-    return compile_place(contract, place)
+    return compile_place(contract, place), contract
 
 
 def verify_files(
@@ -67,12 +69,13 @@ def verify_files(
     collateral: Sequence[Path],
     policy: Policy | None,
     nonce: bytes | None,
+    contract: Contract | None = None,
 ) -> None:
     """Verify one piece of evidence and print every step; raises `EvidenceError` unless all of it held."""
     from cloister.attestation.appraise import appraise
 
     time = at or now()
-    observed = observe_files(you, arguments, at=time, collateral=collateral, nonce=nonce)
+    observed = observe_files(you, arguments, at=time, collateral=collateral, nonce=nonce, contract=contract)
     reasons: tuple[Reason, ...] = ()
     if policy is not None and observed.claims is not None:
         reasons = appraise(observed.claims, policy, today=time.date())
@@ -80,9 +83,15 @@ def verify_files(
 
 
 def observe_files(
-    you: You, arguments: Sequence[str], *, at: datetime, collateral: Sequence[Path], nonce: bytes | None
+    you: You,
+    arguments: Sequence[str],
+    *,
+    at: datetime,
+    collateral: Sequence[Path],
+    nonce: bytes | None,
+    contract: Contract | None = None,
 ) -> Observation:
-    """Return what came out of one piece of evidence in files: ours or a vendor's.
+    """Return what came out of one piece of evidence in files: ours or a vendor's. Tokens count under `contract` only.
 
     Raises:
         InputError: a file cannot be read, or is nothing that is known.
@@ -94,7 +103,7 @@ def observe_files(
     named = [(argument, read(Path(argument.partition("=")[2] or argument), "the evidence")) for argument in arguments]
     own = _own(named[0][1]) if len(named) == 1 else None
     if own is not None:
-        return _observe_own(own, collateral, at, you, nonce)
+        return _observe_own(own, collateral, at, you, nonce, contract)
     offered = _offered(named, collateral)
     case = assemble([*named, *offered])
     return observe(
@@ -139,15 +148,22 @@ def _own(data: bytes) -> Evidence | None:
 
 
 def _observe_own(
-    evidence: Evidence, collateral: Sequence[Path], time: datetime, you: You, nonce: bytes | None
+    evidence: Evidence,
+    collateral: Sequence[Path],
+    time: datetime,
+    you: You,
+    nonce: bytes | None,
+    contract: Contract | None,
 ) -> Observation:
     from cloister.attestation.edge.collateral import load_all, soft_collateral
     from cloister.attestation.files import observe_evidence
     from cloister.attestation.roots import Roots
+    from cloister.contract.decide import endorsed
 
     endorsements = load_all(collateral)
     if you.soft:
         endorsements = soft_collateral(time) | endorsements
+    endorsements = endorsed(endorsements, contract)  # nobody else's authorities
     return observe_evidence(evidence, endorsements, Roots(soft=you.soft), now=time, nonce=nonce)
 
 

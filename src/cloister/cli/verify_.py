@@ -106,8 +106,8 @@ def command(
     elif paths:
         from cloister.cli import evidence
 
-        wanted = None if policy is None else evidence.read_policy(policy, place)
-        evidence.verify_files(you, paths, at=at, collateral=collateral, policy=wanted, nonce=nonce)
+        wanted, contract = (None, None) if policy is None else evidence.read_policy(policy, place)
+        evidence.verify_files(you, paths, at=at, collateral=collateral, policy=wanted, nonce=nonce, contract=contract)
     else:
         raise InputError("what is to be verified?", hint="`cloister verify --help` shows what can be")
 
