@@ -177,7 +177,7 @@ def guided_run(target: Target, seconds: float, findings: Path | None) -> None:
     """Hand `target` to libFuzzer; does not return."""
     import tempfile
 
-    import atheris  # type: ignore[import-not-found]  # not a dependency: see the docstring
+    import atheris  # not a dependency: see the docstring
 
     atheris.instrument_all()
     expected = target.run(target.seed)

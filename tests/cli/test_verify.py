@@ -439,19 +439,20 @@ def test_a_role_that_is_written_out_is_of_the_kind_that_the_bytes_show() -> None
 
 
 def test_a_token_counts_under_the_authority_that_the_policy_names(run: Run, tmp_path: Path) -> None:
+    from tests.attestation import test_authority as services
     from tests.attestation import test_token as tokens
 
-    service = tokens.SERVICES["sevsnpvm"]
-    shown = tokens.evidence(tokens.signed(tokens.body_of(service)))
+    service = services.SERVICES["sevsnpvm"]
+    shown = tokens.evidence(services.signed(services.body_of(service)))
     (tmp_path / "token").write_bytes(wire.encode(shown))
-    authority = f'kind = "maa"\nissuer = "{tokens.ISSUERS["maa"]}"\njwks = ["{tokens.pin(tokens.jwks())}"]\n'
+    authority = f'kind = "maa"\nissuer = "{services.ISSUERS["maa"]}"\njwks = ["{tokens.pin(services.jwks())}"]\n'
     place = '[place.enclave]\nkind = "tee"\naccept = ["authority:azure/sevsnpvm"]\n'
     (tmp_path / "place.toml").write_text(place + "[authority.azure]\n" + authority)
-    at = tokens.NOW.strftime("%Y-%m-%dT%H:%M:%SZ")
+    at = services.NOW.strftime("%Y-%m-%dT%H:%M:%SZ")
     good = run("token", "--at", at, "--policy", "place.toml", "--json")
     assert (good.status, good.data["verdict"]) == (0, "good"), good.out
     assert run("token", "--at", at).status == 4, "nobody named an authority"
     (tmp_path / "place.toml").write_text(
-        (place + "[authority.azure]\n" + authority).replace(tokens.pin(tokens.jwks()), "sha256:" + "0" * 64)
+        (place + "[authority.azure]\n" + authority).replace(tokens.pin(services.jwks()), "sha256:" + "0" * 64)
     )
     assert run("token", "--at", at, "--policy", "place.toml").status == 4, "another JWKS"
