@@ -6,11 +6,13 @@ import json
 import shutil
 import socket
 import threading
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cloister.attestation.roots import Roots
 from cloister.broker import client as client_module
 from cloister.broker.client import BrokerClient, Trust
 from cloister.crypto.keys import digest
@@ -189,3 +191,30 @@ def _release_with_old_nonce(client: BrokerClient, contract: str, clock: Clock) -
             return trainer_node().evidence(report_data)
 
     client.release(contract, "train", reads=("xrays",), attester=Late())  # type: ignore[arg-type]
+
+
+class _Cut:
+    """A connection whose other side dies half-way through its answer: `read(n)` returns what came, without a word."""
+
+    status = 200
+    length = 7
+    headers: dict[str, str] = {}  # noqa: RUF012 - like http.client's
+
+    def request(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def getresponse(self) -> _Cut:
+        return self
+
+    def read(self, _: int) -> bytes:
+        return b"\xa1half"
+
+    def close(self) -> None:
+        pass
+
+
+def test_an_answer_that_was_cut_off_is_a_lost_connection_and_may_be_asked_for_again() -> None:
+    client = BrokerClient("https://127.0.0.1:9", Trust(roots=Roots()), None, lambda: datetime.now(UTC), 1.0)
+    with pytest.raises(PeerError) as caught:
+        client._send(_Cut(), "GET", "status", None)  # type: ignore[arg-type]  # a double
+    assert caught.value.code == "broker-unreachable"

@@ -552,6 +552,10 @@ class BrokerClient:
             connection.request(method, f"{wire.PREFIX}/{path}", body=body, headers=headers)
             response = connection.getresponse()
             data = response.read(wire.MAX_REPLY + 1)
+            if (
+                response.length and len(data) <= wire.MAX_REPLY
+            ):  # read(n) says nothing when the other side dies half-way
+                raise http.client.IncompleteRead(data, response.length)
         except TimeoutError as error:
             self._drop()
             raise self._slow() from error

@@ -294,6 +294,10 @@ class ServiceClient:
                 self._connection.request("POST", f"/v1/{path}", body=body, headers={"Content-Type": MEDIA_TYPE})
                 response = self._connection.getresponse()
                 data = response.read(AskReply.LIMIT + 1)
+                if (
+                    response.length and len(data) <= AskReply.LIMIT
+                ):  # read(n) says nothing of an answer that was cut off
+                    raise http.client.IncompleteRead(data, response.length)
             except TimeoutError as error:
                 self.close()
                 raise PeerError(
