@@ -27,7 +27,7 @@ from pathlib import Path
 from bench.common import Figure
 from bench.release import CODE, prepare, times_ms
 from cloister.attestation.binding import Binding
-from cloister.attestation.edge.attester import SOFT_KINDS, Attester, attest, find_attester
+from cloister.attestation.edge.attester import SOFT_KINDS, Attester, SoftTdxAttester, attest, find_attester
 from cloister.attestation.edge.collateral import soft_collateral
 from cloister.attestation.edge.soft import SoftGpuAttester
 from cloister.attestation.events import WORKLOAD, Workload
@@ -71,6 +71,12 @@ def soft_node(kind: str) -> Attester:
     return attester
 
 
+def node_with_gpu() -> Attester:
+    attester = SoftTdxAttester(own_measurement(), devices=(SoftGpuAttester(),))
+    attester.extend(WORKLOAD, Workload(CODE, "offline", profile("offline").digest(), "L1").encode())
+    return attester
+
+
 def fresh(attester: Attester, count: int) -> list[Evidence]:
     """Return evidence over another nonce each time: what a broker gets."""
     return [attest(attester, Binding("release", index.to_bytes(32, "big"), b"key")) for index in range(count)]
@@ -91,9 +97,7 @@ def _verification(options: argparse.Namespace) -> Iterator[Figure]:
     evidence = {kind: fresh(soft_node(kind), options.count) for kind in SOFT_KINDS}
     gpu = SoftGpuAttester()
     evidence["soft-nvidia-gpu"] = [gpu.evidence(index.to_bytes(32, "big")) for index in range(options.count)]
-    with_gpu = soft_node("soft-tdx")
-    with_gpu.devices = (gpu,)  # type: ignore[misc]  # the soft attester takes devices later
-    evidence["soft-tdx with a GPU"] = fresh(with_gpu, options.count)
+    evidence["soft-tdx with a GPU"] = fresh(node_with_gpu(), options.count)
     found: dict[str, list[float]] = {kind: [] for kind in evidence}
     for number in range(options.rounds + 1):
         for kind, pieces in evidence.items():

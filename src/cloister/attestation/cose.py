@@ -30,6 +30,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
+from cloister.attestation.form import FormError
+
 __all__ = ["ALGORITHMS", "FormError", "Sign1", "Tagged", "dumps", "loads", "sign", "sign1", "verify"]
 
 DEPTH: Final = 16
@@ -61,15 +63,6 @@ ALGORITHMS: Final[Mapping[int, Algorithm]] = MappingProxyType(
     }
 )
 """RFC 9053, table 1. A key on another curve than the algorithm's is refused: the pair is part of what the verifier knows."""
-
-
-class FormError(ValueError):
-    """Bytes of another form; callers turn it into `evidence-malformed` with their step."""
-
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
 
 
 @dataclass(frozen=True, slots=True)

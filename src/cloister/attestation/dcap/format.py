@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, TypeVar
 
+from cloister.attestation.form import FormError, Reader
 from cloister.errors import EvidenceError, Reason
 
 HEADER_BYTES: Final = 48
@@ -116,41 +117,6 @@ class Quote:
 Q = TypeVar("Q", bound=Quote)
 
 
-class FormError(ValueError):
-    """What is wrong with the form, before it becomes an `EvidenceError`."""
-
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
-
-
-class _Reader:
-    __slots__ = ("_at", "_data")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def at(self) -> int:
-        return self._at
-
-    @property
-    def rest(self) -> int:
-        return len(self._data) - self._at
-
-    def take(self, size: int, what: str) -> bytes:
-        if size > self.rest:
-            raise FormError(f"{self.rest} bytes left", f"{size} bytes of {what}")
-        self._at += size
-        return self._data[self._at - size : self._at]
-
-    def number(self, code: str, what: str) -> int:
-        value: int = struct.unpack(code, self.take(struct.calcsize(code), what))[0]
-        return value
-
-
 def parse(data: bytes, tee: Tee, make: type[Q]) -> Q:
     """Return the quote of `tee` in `data`, which holds nothing else.
 
@@ -158,7 +124,7 @@ def parse(data: bytes, tee: Tee, make: type[Q]) -> Q:
         EvidenceError: `evidence-malformed`.
     """
     try:
-        reader = _Reader(data)
+        reader = Reader(data)
         quote = _quote(reader, tee, make)
         if reader.rest:
             raise FormError(f"{reader.rest} bytes after the end of the quote", "none")
@@ -174,7 +140,7 @@ def extent(data: bytes, tee: Tee, make: type[Q]) -> int:
         EvidenceError: `evidence-malformed`: no quote.
     """
     try:
-        reader = _Reader(data)
+        reader = Reader(data)
         _quote(reader, tee, make)
     except FormError as error:
         raise malformed(error, tee) from error
@@ -193,7 +159,7 @@ def without_padding(data: bytes, tee: Tee, make: type[Quote]) -> bytes:
     return data[:end]
 
 
-def _quote(reader: _Reader, tee: Tee, make: type[Q]) -> Q:
+def _quote(reader: Reader, tee: Tee, make: type[Q]) -> Q:
     header = reader.take(HEADER_BYTES, "quote header")
     version, key_type, tee_type = struct.unpack_from("<HHI", header)
     bodies = tee.bodies.get(version)
@@ -215,7 +181,7 @@ def _quote(reader: _Reader, tee: Tee, make: type[Q]) -> Q:
             wanted = " or ".join(f"type {each} of {bodies[each]} bytes" for each in bodies)
             raise FormError(f"body type {body_type} of {size} bytes", wanted)
         report = reader.take(size, f"{tee.title} report")
-    auth = _Reader(reader.take(reader.number("<I", "length"), "signature data"))
+    auth = Reader(reader.take(reader.number("<I", "length"), "signature data"))
     signature = auth.take(64, "signature")
     key = auth.take(64, "attestation key")
     qe = auth if version < 4 else _certification(auth, CERTIFICATION_QE_REPORT)
@@ -236,12 +202,12 @@ def _quote(reader: _Reader, tee: Tee, make: type[Q]) -> Q:
     )
 
 
-def _certification(outer: _Reader, wanted: int) -> _Reader:
+def _certification(outer: Reader, wanted: int) -> Reader:
     """Return a reader of the certification data that fills the rest of `outer`."""
     kind = outer.number("<H", "certification data type")
     if kind != wanted:
         raise FormError(f"certification data type {kind}", str(wanted))
-    inner = _Reader(outer.take(outer.number("<I", "length"), "certification data"))
+    inner = Reader(outer.take(outer.number("<I", "length"), "certification data"))
     if outer.rest:
         raise FormError(f"{outer.rest} bytes after certification data of type {kind}", "none")
     return inner

@@ -123,7 +123,7 @@ class Web:
                 "collateral is fetched over https only",
                 reasons=[Reason(WHERE, url[:200], "https://<host>/...")],
             )
-        request = urllib.request.Request(url, data=body, headers={"User-Agent": "cloister", **headers})  # noqa: S310
+        request = urllib.request.Request(url, data=body, headers={"User-Agent": "cloister", **headers})  # noqa: S310  # its scheme was checked above
         attempt = 0
         while True:
             try:

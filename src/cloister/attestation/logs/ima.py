@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
+from cloister.attestation.form import FormError
 from cloister.attestation.pki.certificate import PublicKey
 from cloister.attestation.types import BootEvent
 from cloister.errors import EvidenceError, Reason
@@ -148,13 +149,6 @@ class Progress:
     """The newly confirmed entries."""
 
 
-class _FormError(ValueError):
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
-
-
 def parse(data: bytes, *, where: str) -> tuple[Entry, ...]:
     """Return all entries of a list in binary or ASCII form. An ASCII list that is empty or does not begin with a digit is none.
 
@@ -163,12 +157,12 @@ def parse(data: bytes, *, where: str) -> tuple[Entry, ...]:
     """
     try:
         if not 0 < len(data) <= LIMIT:
-            raise _FormError(f"a list of {len(data)} bytes", f"1 to {LIMIT}")
+            raise FormError(f"a list of {len(data)} bytes", f"1 to {LIMIT}")
         # a register is below 24, and the digits are not: the first byte tells the forms apart
         if data[:1].isdigit():
             return tuple(_ascii(data))
         return tuple(entry for entry, _ in _binary(data, 0))
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error) from error
 
 
@@ -179,7 +173,7 @@ def replay(entries: Iterable[Entry], algorithm: str) -> dict[int, bytes]:
         EvidenceError: `evidence-malformed`, at `replay`: a bank that cannot be replayed.
     """
     if algorithm not in _BANKS:
-        raise _malformed("replay", _FormError(f"bank {algorithm[:32]!r}", " or ".join(_BANKS)))
+        raise _malformed("replay", FormError(f"bank {algorithm[:32]!r}", " or ".join(_BANKS)))
     new = getattr(hashlib, algorithm)
     broken = b"\xff" * _BANKS[algorithm]
     values: dict[int, bytes] = {}
@@ -223,7 +217,7 @@ def advance(state: State, more: bytes, *, quoted: bytes, reset_count: int, where
             "the host has started again: begin at entry 0",
         )
     if len(more) > LIMIT:
-        raise _malformed(f"{where}.format", _FormError(f"a list of {len(more)} bytes", f"at most {LIMIT}"))
+        raise _malformed(f"{where}.format", FormError(f"a list of {len(more)} bytes", f"at most {LIMIT}"))
     value = state.value
     if value == quoted:
         return Progress(state, ())
@@ -240,7 +234,7 @@ def advance(state: State, more: bytes, *, quoted: bytes, reset_count: int, where
             found.append(entry)
             if value == quoted:
                 return Progress(State(state.count + len(found), state.offset + end, value, reset_count), tuple(found))
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(f"{where}.format", error, state.count + len(found)) from error
     raise _refused(
         f"{where}.replay",
@@ -303,14 +297,14 @@ def parse_list(data: bytes, *, where: str) -> frozenset[bytes]:
     """
     try:
         if not 0 < len(data) <= LIMIT:
-            raise _FormError(f"a list of {len(data)} bytes", f"1 to {LIMIT}")
+            raise FormError(f"a list of {len(data)} bytes", f"1 to {LIMIT}")
         found: set[bytes] = set()
         for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
             match = _LISTED.fullmatch(line)
             if match is None or len(match[1]) not in (64, 96, 128):
-                raise _FormError(f"line {number}: {line[:80]!r}", "a digest in hex, two spaces, a name")
+                raise FormError(f"line {number}: {line[:80]!r}", "a digest in hex, two spaces, a name")
             found.add(bytes.fromhex(match[1].decode()))
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error) from error
     return frozenset(found)
 
@@ -343,7 +337,7 @@ def entries_of(events: Iterable[BootEvent]) -> tuple[Entry, ...]:
             try:
                 found.append(_entry(event.register, template, template_hash, event.data))
                 break
-            except _FormError:
+            except FormError:
                 continue
         else:
             found.append(Entry(event.register, "", template_hash, event.data, name=event.label.encode()))
@@ -366,28 +360,28 @@ def _binary(data: bytes, at: int) -> Iterator[tuple[Entry, int]]:
     head, u32 = _HEAD.unpack_from, _U32.unpack_from
     while at < size:
         if size - at < 28:
-            raise _FormError(f"{size - at} bytes left at {at}", "a whole entry")
+            raise FormError(f"{size - at} bytes left at {at}", "a whole entry")
         register, template_hash, length = head(data, at)
         at += 28
         if register > 23:
-            raise _FormError(f"register {register}", "0 to 23")
+            raise FormError(f"register {register}", "0 to 23")
         if not 0 < length <= TEMPLATE_NAME_LIMIT or length > size - at - 4:
-            raise _FormError(f"a template name of {length} bytes, {size - at} left", f"1 to {TEMPLATE_NAME_LIMIT}")
+            raise FormError(f"a template name of {length} bytes, {size - at} left", f"1 to {TEMPLATE_NAME_LIMIT}")
         template = data[at : at + length]
         at += length
         if template == b"ima":
             if size - at < 24:
-                raise _FormError(f"{size - at} bytes left at {at}", "a whole entry")
+                raise FormError(f"{size - at} bytes left at {at}", "a whole entry")
             (length,) = u32(data, at + 20)
             if length >= _PADDED or length > size - at - 24:
-                raise _FormError(f"a name of {length} bytes, {size - at - 24} left", "at most 255 bytes")
+                raise FormError(f"a name of {length} bytes, {size - at - 24} left", "at most 255 bytes")
             body = data[at : at + 20] + data[at + 24 : at + 24 + length].ljust(_PADDED, b"\x00")
             at += 24 + length
         else:
             (length,) = u32(data, at)
             at += 4
             if length > DATA_LIMIT or length > size - at:
-                raise _FormError(f"template data of {length} bytes, {size - at} left", f"at most {DATA_LIMIT}")
+                raise FormError(f"template data of {length} bytes, {size - at} left", f"at most {DATA_LIMIT}")
             body = data[at : at + length]
             at += length
         yield _entry(register, template, template_hash, body), at
@@ -395,7 +389,7 @@ def _binary(data: bytes, at: int) -> Iterator[tuple[Entry, int]]:
 
 def _entry(register: int, template: bytes, template_hash: bytes, body: bytes) -> Entry:
     if template_hash != VIOLATION and hashlib.sha1(body, usedforsecurity=False).digest() != template_hash:
-        raise _FormError("template data with another hash", template_hash.hex())
+        raise FormError("template data with another hash", template_hash.hex())
     if template == b"ima":
         return Entry(register, "ima", template_hash, body, "sha1", body[:20], body[20:].rstrip(b"\x00"))
     name = _NAMES.get(template)
@@ -412,16 +406,16 @@ def _entry(register: int, template: bytes, template_hash: bytes, body: bytes) ->
     u32 = _U32.unpack_from
     for kind in kinds:
         if size - at < 4:
-            raise _FormError(f"{size - at} bytes of template data left", f"the field {kind[:32]}")
+            raise FormError(f"{size - at} bytes of template data left", f"the field {kind[:32]}")
         (length,) = u32(body, at)
         at += 4
         if length > size - at:
-            raise _FormError(f"a field {kind[:32]} of {length} bytes, {size - at} left", "a whole field")
+            raise FormError(f"a field {kind[:32]} of {length} bytes, {size - at} left", "a whole field")
         if kind in ("d-ng", "d-ngv2"):
             prefix, _, digest = body[at : at + length].partition(b":\x00")
             word = prefix.rpartition(b":")[2]
             if length and len(digest) != _SIZES.get(word, len(digest)):
-                raise _FormError(f"a digest of {len(digest)} bytes", f"{_SIZES.get(word)} bytes of {word[:32]!r}")
+                raise FormError(f"a digest of {len(digest)} bytes", f"{_SIZES.get(word)} bytes of {word[:32]!r}")
             algorithm = "sha256" if word == b"sha256" else word[:32].decode("ascii", "replace")
         elif kind in ("n-ng", "n"):
             path = body[at : at + length].removesuffix(b"\x00")
@@ -429,7 +423,7 @@ def _entry(register: int, template: bytes, template_hash: bytes, body: bytes) ->
             signature = body[at : at + length]
         at += length
     if at != size:
-        raise _FormError(f"{size - at} bytes after the last field", "none")
+        raise FormError(f"{size - at} bytes after the last field", "none")
     return Entry(register, name, template_hash, body, algorithm, digest, path, signature)
 
 
@@ -437,31 +431,31 @@ def _ascii(data: bytes) -> Iterator[Entry]:
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
         try:
             yield _line(line)
-        except _FormError as error:
-            raise _FormError(f"line {number}: {error.found}", error.wanted) from error
+        except FormError as error:
+            raise FormError(f"line {number}: {error.found}", error.wanted) from error
         except ValueError as error:
-            raise _FormError(f"line {number}: {str(error)[:80]}", "fields in hex") from error
+            raise FormError(f"line {number}: {str(error)[:80]}", "fields in hex") from error
 
 
 def _line(line: bytes) -> Entry:
     parts = line.split(b" ")
     if len(parts) < 4 or not parts[0].isdigit() or len(parts[0]) > 2 or int(parts[0]) > 23:
-        raise _FormError(f"{line[:40]!r}", "a register, a template hash, a template and its fields")
+        raise FormError(f"{line[:40]!r}", "a register, a template hash, a template and its fields")
     template_hash = _hex(parts[1])
     if len(template_hash) != 20:
-        raise _FormError(f"a template hash of {len(template_hash)} bytes", "20")
+        raise FormError(f"a template hash of {len(template_hash)} bytes", "20")
     template, values = parts[2], parts[3:]
     if not 0 < len(template) <= TEMPLATE_NAME_LIMIT:
-        raise _FormError(f"a template name of {len(template)} bytes", f"1 to {TEMPLATE_NAME_LIMIT}")
+        raise FormError(f"a template name of {len(template)} bytes", f"1 to {TEMPLATE_NAME_LIMIT}")
     kinds = _FIELDS.get(template) or tuple(template.decode("ascii", "replace").split("|"))
     if template not in _FIELDS and len(kinds) == 1:
-        raise _FormError(f"template {template[:32]!r}", " or ".join(TEMPLATES))
+        raise FormError(f"template {template[:32]!r}", " or ".join(TEMPLATES))
     if len(values) != len(kinds):
-        raise _FormError(f"{len(values)} fields", f"{len(kinds)} of {template[:32].decode('ascii', 'replace')}")
+        raise FormError(f"{len(values)} fields", f"{len(kinds)} of {template[:32].decode('ascii', 'replace')}")
     if template == b"ima":
         digest = _hex(values[0])
         if len(digest) != 20 or len(values[1]) >= _PADDED:
-            raise _FormError(f"a digest of {len(digest)} bytes, a name of {len(values[1])}", "20, and at most 255")
+            raise FormError(f"a digest of {len(digest)} bytes, a name of {len(values[1])}", "20, and at most 255")
         return _entry(int(parts[0]), template, template_hash, digest + values[1].ljust(_PADDED, b"\x00"))
     body = b""
     for kind, value in zip(kinds, values, strict=True):
@@ -483,18 +477,18 @@ def _field(kind: str, value: bytes) -> bytes:
         return value + b"\x00" if value else b""
     if kind in ("iuid", "igid", "imode"):
         if not value.isdigit() or len(value) > 10:
-            raise _FormError(f"{kind} {value[:16]!r}", "a number")
+            raise FormError(f"{kind} {value[:16]!r}", "a number")
         try:
             return int(value).to_bytes(2 if kind == "imode" else 4, "little")
         except OverflowError as error:
-            raise _FormError(f"{kind} {value[:16]!r}", "a number that fits") from error
+            raise FormError(f"{kind} {value[:16]!r}", "a number that fits") from error
     return _hex(value)
 
 
 def _hex(value: bytes) -> bytes:
     text = value.decode("ascii", "replace")
     if len(text) % 2 or any(each not in "0123456789abcdef" for each in text):
-        raise _FormError(f"{value[:40]!r}", "lower-case hex")
+        raise FormError(f"{value[:40]!r}", "lower-case hex")
     return bytes.fromhex(text)
 
 
@@ -515,7 +509,7 @@ def _signed(entry: Entry, key: PublicKey) -> bool:
     return True
 
 
-def _malformed(where: str, error: _FormError, index: int | None = None) -> EvidenceError:
+def _malformed(where: str, error: FormError, index: int | None = None) -> EvidenceError:
     found = error.found if index is None else f"entry {index}: {error.found}"
     return EvidenceError(
         "the IMA list does not parse", code="evidence-malformed", reasons=[Reason(where, found, error.wanted)]

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
+from cloister.attestation.form import FormError
 from cloister.attestation.types import BootEvent
 from cloister.errors import EvidenceError, Reason
 
@@ -143,7 +144,7 @@ def parse(data: bytes, *, where: str) -> Log:
     """
     try:
         return _parse(data)
-    except _FormError as error:
+    except FormError as error:
         raise EvidenceError(
             "the firmware event log does not parse",
             code="evidence-malformed",
@@ -224,21 +225,14 @@ def load_options(text: str) -> bytes:
     return text.encode("utf-16-le", "surrogatepass") + b"\x00\x00"
 
 
-class _FormError(ValueError):
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
-
-
 def _parse(data: bytes) -> Log:
     size = len(data)
     if not 0 < size <= LIMIT:
-        raise _FormError(f"a log of {size} bytes", f"1 to {LIMIT}")
+        raise FormError(f"a log of {size} bytes", f"1 to {LIMIT}")
     # where nothing but padding follows; once, because a check at every event would be quadratic
     end = min(len(data.rstrip(b"\x00")), len(data.rstrip(b"\xff")))
     if end == 0:
-        raise _FormError("padding only", "events")
+        raise FormError("padding only", "events")
     first, at = _event_12(data, 0)
     if first.type == NO_ACTION and first.data.startswith(_SPEC_ID_2):
         sizes = _algorithms(first.data)
@@ -247,7 +241,7 @@ def _parse(data: bytes) -> Log:
             entry, at = _event_20(data, at, sizes)
             entries.append(entry)
             if len(entries) > MOST_EVENTS:
-                raise _FormError(f"more than {MOST_EVENTS} events", f"at most {MOST_EVENTS}")
+                raise FormError(f"more than {MOST_EVENTS} events", f"at most {MOST_EVENTS}")
         names = tuple(ALGORITHMS.get(each, f"{each:#06x}") for each in sizes)
     else:
         names, entries = ("sha1",), [first]
@@ -255,77 +249,77 @@ def _parse(data: bytes) -> Log:
             entry, at = _event_12(data, at)
             entries.append(entry)
             if len(entries) > MOST_EVENTS:
-                raise _FormError(f"more than {MOST_EVENTS} events", f"at most {MOST_EVENTS}")
+                raise FormError(f"more than {MOST_EVENTS} events", f"at most {MOST_EVENTS}")
     if not any(entry.type != NO_ACTION for entry in entries):
-        raise _FormError("no event that extends a register", "at least one")
+        raise FormError("no event that extends a register", "at least one")
     return Log(names, tuple(entries))
 
 
 def _algorithms(data: bytes) -> dict[int, int]:
     """Return algorithm -> digest size, as the first event names them."""
     if len(data) < 28:
-        raise _FormError(f"a first event of {len(data)} bytes", "at least 28")
+        raise FormError(f"a first event of {len(data)} bytes", "at least 28")
     (count,) = _U32.unpack_from(data, 24)
     if not 0 < count <= 8 or len(data) < 28 + 4 * count:
-        raise _FormError(f"{count} algorithms in a first event of {len(data)} bytes", "1 to 8 that fit")
+        raise FormError(f"{count} algorithms in a first event of {len(data)} bytes", "1 to 8 that fit")
     sizes: dict[int, int] = {}
     for index in range(count):
         algorithm, size = struct.unpack_from("<HH", data, 28 + 4 * index)
         name = ALGORITHMS.get(algorithm)
         if algorithm in sizes or not 0 < size <= 64 or (name is not None and size != SIZES[name]):
-            raise _FormError(f"algorithm {algorithm:#06x} with digests of {size} bytes", "each once, with its size")
+            raise FormError(f"algorithm {algorithm:#06x} with digests of {size} bytes", "each once, with its size")
         sizes[algorithm] = size
     return sizes
 
 
 def _event_12(data: bytes, at: int) -> tuple[Entry, int]:
     if len(data) - at < _HEADER_12.size:
-        raise _FormError(f"{len(data) - at} bytes left at {at}", f"an event header of {_HEADER_12.size} bytes")
+        raise FormError(f"{len(data) - at} bytes left at {at}", f"an event header of {_HEADER_12.size} bytes")
     register, kind, digest, size = _HEADER_12.unpack_from(data, at)
     at += _HEADER_12.size
     if size > len(data) - at:
-        raise _FormError(f"event data of {size} bytes, {len(data) - at} left", "a whole event")
+        raise FormError(f"event data of {size} bytes, {len(data) - at} left", "a whole event")
     _check_register(register, kind)
     return Entry(register, kind, {"sha1": digest}, data[at : at + size]), at + size
 
 
 def _event_20(data: bytes, at: int, sizes: Mapping[int, int]) -> tuple[Entry, int]:
     if len(data) - at < _HEADER_20.size:
-        raise _FormError(f"{len(data) - at} bytes left at {at}", f"an event header of {_HEADER_20.size} bytes")
+        raise FormError(f"{len(data) - at} bytes left at {at}", f"an event header of {_HEADER_20.size} bytes")
     register, kind, count = _HEADER_20.unpack_from(data, at)
     _check_register(register, kind)
     at += _HEADER_20.size
     if count != len(sizes):
-        raise _FormError(f"an event with {count} digests", f"{len(sizes)}, one per algorithm of the first event")
+        raise FormError(f"an event with {count} digests", f"{len(sizes)}, one per algorithm of the first event")
     digests: dict[str, bytes] = {}
     for _ in range(count):
         if len(data) - at < 2:
-            raise _FormError(f"{len(data) - at} bytes left at {at}", "a digest")
+            raise FormError(f"{len(data) - at} bytes left at {at}", "a digest")
         (algorithm,) = _U16.unpack_from(data, at)
         width = sizes.get(algorithm)
         name = ALGORITHMS.get(algorithm, "")
         if width is None or name in digests:
-            raise _FormError(f"a digest of algorithm {algorithm:#06x}", "each algorithm of the first event once")
+            raise FormError(f"a digest of algorithm {algorithm:#06x}", "each algorithm of the first event once")
         at += 2
         if width > len(data) - at:
-            raise _FormError(f"{len(data) - at} bytes left at {at}", f"a digest of {width} bytes")
+            raise FormError(f"{len(data) - at} bytes left at {at}", f"a digest of {width} bytes")
         digests[name or f"{algorithm:#06x}"] = data[at : at + width]
         at += width
     if len(digests) != count:
-        raise _FormError("an algorithm twice in one event", "each once")
+        raise FormError("an algorithm twice in one event", "each once")
     if len(data) - at < 4:
-        raise _FormError(f"{len(data) - at} bytes left at {at}", "the size of the event data")
+        raise FormError(f"{len(data) - at} bytes left at {at}", "the size of the event data")
     (size,) = _U32.unpack_from(data, at)
     at += 4
     if size > len(data) - at:
-        raise _FormError(f"event data of {size} bytes, {len(data) - at} left", "a whole event")
+        raise FormError(f"event data of {size} bytes, {len(data) - at} left", "a whole event")
     return Entry(register, kind, digests, data[at : at + size]), at + size
 
 
 def _check_register(register: int, kind: int) -> None:
     # EV_NO_ACTION may name 0xFFFFFFFF or an NV index: it extends nothing
     if register >= REGISTERS and kind != NO_ACTION:
-        raise _FormError(f"register {register}", f"0 to {REGISTERS - 1}")
+        raise FormError(f"register {register}", f"0 to {REGISTERS - 1}")
 
 
 def _need(log: Log, algorithm: str) -> None:

@@ -24,6 +24,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Final
 
+from cloister.attestation.form import FormError, Reader
 from cloister.errors import EvidenceError, Reason
 
 WHERE: Final = "nvidia-gpu.1-format"
@@ -94,7 +95,7 @@ class Report:
         # ids of manifests are made of these, before anything is authentic, and whoever fetches one makes a path of the id
         if len(value) > 32 or not set(value) <= _NAME or value.startswith(b"."):
             raise _malformed(
-                _FormError(f"field {field.name} with bytes {value[:16].hex()}", "letters, digits, full stops, _ and -")
+                FormError(f"field {field.name} with bytes {value[:16].hex()}", "letters, digits, full stops, _ and -")
             )
         return value.decode("ascii")
 
@@ -108,7 +109,7 @@ class Report:
         if value is None:
             return None
         if len(value) != 1:
-            raise _malformed(_FormError(f"field {field.name} of {len(value)} bytes", "1 byte"))
+            raise _malformed(FormError(f"field {field.name} of {len(value)} bytes", "1 byte"))
         return value[0]
 
     def number(self, field: Field) -> int | None:
@@ -121,7 +122,7 @@ class Report:
         if value is None:
             return None
         if not 0 < len(value) <= 8:
-            raise _malformed(_FormError(f"field {field.name} of {len(value)} bytes", "1 to 8 bytes"))
+            raise _malformed(FormError(f"field {field.name} of {len(value)} bytes", "1 to 8 bytes"))
         return int.from_bytes(value, "little")
 
     def vbios(self) -> str:
@@ -138,37 +139,8 @@ class Report:
         text = self.text(Field.VBIOS_VERSION).upper()
         parts = text.split(".")
         if len(parts) != 5 or not all(len(part) == 2 and set(part) <= set("0123456789ABCDEF") for part in parts):
-            raise _malformed(_FormError(f"VBIOS version {value[:16].hex() or 'absent'}", "five bytes in hex, dotted"))
+            raise _malformed(FormError(f"VBIOS version {value[:16].hex() or 'absent'}", "five bytes in hex, dotted"))
         return text
-
-
-class _FormError(ValueError):
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
-
-
-class _Reader:
-    __slots__ = ("_at", "_data")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def at(self) -> int:
-        return self._at
-
-    @property
-    def rest(self) -> int:
-        return len(self._data) - self._at
-
-    def take(self, size: int, what: str) -> bytes:
-        if size > self.rest:
-            raise _FormError(f"{self.rest} bytes left", f"{size} bytes of {what}")
-        self._at += size
-        return self._data[self._at - size : self._at]
 
 
 def parse(data: bytes) -> Report:
@@ -179,34 +151,34 @@ def parse(data: bytes) -> Report:
     """
     try:
         if len(data) > LIMIT:
-            raise _FormError(f"{len(data)} bytes", f"at most {LIMIT}")
-        return _report(_Reader(bytes(data)), bytes(data))
-    except _FormError as error:
+            raise FormError(f"{len(data)} bytes", f"at most {LIMIT}")
+        return _report(Reader(bytes(data)), bytes(data))
+    except FormError as error:
         raise _malformed(error) from error
 
 
-def _report(reader: _Reader, data: bytes) -> Report:
+def _report(reader: Reader, data: bytes) -> Report:
     request = reader.take(REQUEST_BYTES, "GET_MEASUREMENTS request")
     if request[:2] != bytes((SPDM_11, GET_MEASUREMENTS)):
-        raise _FormError(f"request {request[:2].hex()}", "11e0, an SPDM 1.1 GET_MEASUREMENTS")
+        raise FormError(f"request {request[:2].hex()}", "11e0, an SPDM 1.1 GET_MEASUREMENTS")
     if not request[2] & SIGNATURE_WANTED or request[3] != ALL_MEASUREMENTS:
-        raise _FormError(f"request attributes {request[2:4].hex()}", "a request for all measurements, signed")
+        raise FormError(f"request attributes {request[2:4].hex()}", "a request for all measurements, signed")
     head = reader.take(8, "MEASUREMENTS response")
     if head[:2] != bytes((SPDM_11, MEASUREMENTS)):
-        raise _FormError(f"response {head[:2].hex()}", "1160, an SPDM 1.1 MEASUREMENTS")
-    records = _Reader(reader.take(int.from_bytes(head[5:8], "little"), "measurement records"))
+        raise FormError(f"response {head[:2].hex()}", "1160, an SPDM 1.1 MEASUREMENTS")
+    records = Reader(reader.take(int.from_bytes(head[5:8], "little"), "measurement records"))
     measurements = tuple(_record(records, index) for index in range(1, head[4] + 1))
     if records.rest:
-        raise _FormError(f"{records.rest} bytes after {head[4]} measurement records", "none")
+        raise FormError(f"{records.rest} bytes after {head[4]} measurement records", "none")
     if not measurements:
-        raise _FormError("no measurement", "at least one")
+        raise FormError("no measurement", "at least one")
     responder_nonce = reader.take(NONCE_BYTES, "responder nonce")
     (size,) = struct.unpack("<H", reader.take(2, "opaque length"))
-    fields = _opaque(_Reader(reader.take(size, "opaque data")))
+    fields = _opaque(Reader(reader.take(size, "opaque data")))
     signed = data[: reader.at]
     signature = reader.take(SIGNATURE_BYTES, "signature")
     if reader.rest and reader.take(reader.rest, "padding") != b"\x00":
-        raise _FormError("bytes after the signature", "nothing, or one zero byte")
+        raise FormError("bytes after the signature", "nothing, or one zero byte")
     return Report(
         signed=signed,
         signature=signature,
@@ -217,31 +189,31 @@ def _report(reader: _Reader, data: bytes) -> Report:
     )
 
 
-def _record(reader: _Reader, wanted: int) -> bytes:
+def _record(reader: Reader, wanted: int) -> bytes:
     index, specification, size = struct.unpack("<BBH", reader.take(4, "measurement header"))
     if index != wanted:
-        raise _FormError(f"measurement index {index}", str(wanted))
+        raise FormError(f"measurement index {index}", str(wanted))
     if specification != DMTF:
-        raise _FormError(f"measurement specification {specification}", f"{DMTF}, DMTF")
+        raise FormError(f"measurement specification {specification}", f"{DMTF}, DMTF")
     kind, length = struct.unpack("<BH", reader.take(3, "measurement value header"))
     if kind != TYPE_DIGEST:
-        raise _FormError(f"measurement value type {kind}", f"{TYPE_DIGEST}, a digest")
+        raise FormError(f"measurement value type {kind}", f"{TYPE_DIGEST}, a digest")
     if length + 3 != size or not 0 < length <= VALUE_LIMIT:
-        raise _FormError(f"a measurement of {length} bytes in {size}", f"1 to {VALUE_LIMIT} bytes, and 3 more")
+        raise FormError(f"a measurement of {length} bytes in {size}", f"1 to {VALUE_LIMIT} bytes, and 3 more")
     return reader.take(length, "measurement value")
 
 
-def _opaque(reader: _Reader) -> dict[int, bytes]:
+def _opaque(reader: Reader) -> dict[int, bytes]:
     fields: dict[int, bytes] = {}
     while reader.rest:
         kind, size = struct.unpack("<HH", reader.take(4, "opaque field header"))
         if kind in fields:
-            raise _FormError(f"opaque field {kind} twice", "each at most once")
+            raise FormError(f"opaque field {kind} twice", "each at most once")
         fields[kind] = reader.take(size, f"opaque field {kind}")
     return fields
 
 
-def _malformed(error: _FormError) -> EvidenceError:
+def _malformed(error: FormError) -> EvidenceError:
     return EvidenceError(
         "the NVIDIA report does not parse",
         code="evidence-malformed",

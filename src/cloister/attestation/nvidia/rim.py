@@ -38,6 +38,7 @@ from typing import Any, Final
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
+from cloister.attestation.form import FormError
 from cloister.attestation.nvidia.roots import RIM_KIND, RIM_PINS
 from cloister.attestation.pki.certificate import Certificate, from_der
 from cloister.attestation.pki.path import check_path
@@ -78,13 +79,6 @@ class Rim:
 
 _Element = Any
 """`lxml.etree._Element`: lxml has no types, and is not imported here."""
-
-
-class _FormError(ValueError):
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
 
 
 def read(data: bytes, *, where: str) -> Rim:
@@ -143,16 +137,16 @@ def _read(data: bytes, where: str) -> Rim:
         text = data.decode("utf-8")
         # (2) before any parser sees it, and again after
         if "\x00" in text or "<!doctype" in text.lower() or "<!entity" in text.lower():
-            raise _FormError("a document type or an entity", "a document without a DTD")
+            raise FormError("a document type or an entity", "a document without a DTD")
         # the encoding is given, so a declaration of another one cannot hide a DTD from the line above
         parser = etree.XMLParser(
             encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
         )
         root = etree.fromstring(data, parser=parser)
         if root.getroottree().docinfo.internalDTD is not None:
-            raise _FormError("a document type", "a document without a DTD")
+            raise FormError("a document type", "a document without a DTD")
         if root.tag != f"{{{SWID}}}SoftwareIdentity":
-            raise _FormError(f"root element {str(root.tag)[:120]}", "SoftwareIdentity of ISO/IEC 19770-2:2015")
+            raise FormError(f"root element {str(root.tag)[:120]}", "SoftwareIdentity of ISO/IEC 19770-2:2015")
         chain = _one_signature(root, where)
         # (4) (5)
         signed, fault = _signed(root, chain[0], etree)
@@ -161,7 +155,7 @@ def _read(data: bytes, where: str) -> Rim:
             return Rim(data, product, version, MappingProxyType({}), chain, unsigned=fault)
         product, version = _meta(signed)
         return Rim(data, product, version, MappingProxyType(_golden(signed)), chain)
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error.found, error.wanted) from error
     except (UnicodeDecodeError, etree.LxmlError, ValueError) as error:
         raise _malformed(where, str(error)[:200], "a reference manifest in XML") from error
@@ -172,29 +166,29 @@ def _one_signature(root: _Element, where: str) -> tuple[Certificate, ...]:
     tag = f"{{{DSIG}}}Signature"
     everywhere = list(root.iter(tag))
     if len(everywhere) != 1 or everywhere[0].getparent() is not root:
-        raise _FormError(f"{len(everywhere)} signatures", "exactly one, a child of the root")
+        raise FormError(f"{len(everywhere)} signatures", "exactly one, a child of the root")
     (signature,) = everywhere
     references = list(signature.iter(f"{{{DSIG}}}Reference"))
     if len(references) != 1 or references[0].get("URI") != "":
-        raise _FormError(
+        raise FormError(
             f"references {[each.get('URI') for each in references][:4]}", 'one reference to the whole document, URI=""'
         )
     transforms = [each.get("Algorithm") for each in signature.iter(f"{{{DSIG}}}Transform")]
     if transforms != [ENVELOPED, C14N_11]:
-        raise _FormError(f"transforms {transforms[:4]}", "enveloped-signature, then Canonical XML 1.1")
+        raise FormError(f"transforms {transforms[:4]}", "enveloped-signature, then Canonical XML 1.1")
     # no signature covers KeyInfo, so anybody could put another form of the key there for signxml to read
     keys = [each.tag for info in signature.iter(f"{{{DSIG}}}KeyInfo") for each in info.iterdescendants(tag="*")]
     if not set(keys) <= {f"{{{DSIG}}}X509Data", f"{{{DSIG}}}X509Certificate"}:
-        raise _FormError(f"KeyInfo with {', '.join(sorted(set(keys)))[:200]}", "certificates and nothing else")
+        raise FormError(f"KeyInfo with {', '.join(sorted(set(keys)))[:200]}", "certificates and nothing else")
     encoded = signature.findall(f"{{{DSIG}}}KeyInfo/{{{DSIG}}}X509Data/{{{DSIG}}}X509Certificate")
     if not 0 < len(encoded) <= CERTIFICATES:
-        raise _FormError(f"{len(encoded)} certificates", f"1 to {CERTIFICATES}")
+        raise FormError(f"{len(encoded)} certificates", f"1 to {CERTIFICATES}")
     found = []
     for each in encoded:
         try:
             der = base64.b64decode("".join((each.text or "").split()), validate=True)
         except ValueError as error:
-            raise _FormError("a certificate that is not base64", "X509Certificate") from error
+            raise FormError("a certificate that is not base64", "X509Certificate") from error
         found.append(from_der(der, where=where))
     return tuple(found)
 
@@ -236,18 +230,18 @@ def _signed(root: _Element, signer: Certificate, etree: Any) -> tuple[_Element |
 def _meta(root: _Element) -> tuple[str, str]:
     metas = root.findall(f"{{{SWID}}}Meta")
     if len(metas) != 1:
-        raise _FormError(f"{len(metas)} elements Meta", "one")
+        raise FormError(f"{len(metas)} elements Meta", "one")
     product, version = metas[0].get("product", ""), metas[0].get("colloquialVersion", "")
     for what, value in (("product", product), ("colloquialVersion", version)):
         if not 0 < len(value) <= 64 or not value.isascii() or not value.isprintable():
-            raise _FormError(f"{what} {value[:64]!r}", "1 to 64 printable ASCII characters")
+            raise FormError(f"{what} {value[:64]!r}", "1 to 64 printable ASCII characters")
     return product, version.upper()
 
 
 def _golden(root: _Element) -> dict[int, frozenset[bytes]]:
     payloads = root.findall(f"{{{SWID}}}Payload")
     if len(payloads) != 1:
-        raise _FormError(f"{len(payloads)} elements Payload", "one")
+        raise FormError(f"{len(payloads)} elements Payload", "one")
     golden: dict[int, frozenset[bytes]] = {}
     seen: set[int] = set()
     for resource in payloads[0].findall(f"{{{SWID}}}Resource"):
@@ -255,26 +249,26 @@ def _golden(root: _Element) -> dict[int, frozenset[bytes]]:
             continue
         index = _number(resource, "index", MEASUREMENTS - 1)
         if index in seen:
-            raise _FormError(f"measurement {index} twice", "each once")
+            raise FormError(f"measurement {index} twice", "each once")
         seen.add(index)
         active = resource.get("active", "")
         if active not in ("True", "False"):
-            raise _FormError(f"active={active[:16]!r}", "True or False")
+            raise FormError(f"active={active[:16]!r}", "True or False")
         size, count = _number(resource, "size", 64), _number(resource, "alternatives", ALTERNATIVES)
         values = frozenset(_hash(resource, number, size) for number in range(count))
         if active == "True":
             if not values:
-                raise _FormError(f"measurement {index} without a value", "at least one")
+                raise FormError(f"measurement {index} without a value", "at least one")
             golden[index] = values
     if not golden:
-        raise _FormError("no active measurement", "at least one")
+        raise FormError("no active measurement", "at least one")
     return golden
 
 
 def _number(resource: _Element, name: str, most: int) -> int:
     text = resource.get(name, "")
     if not text.isascii() or not text.isdigit() or len(text) > 4 or int(text) > most:
-        raise _FormError(f"{name}={text[:16]!r}", f"0 to {most}")
+        raise FormError(f"{name}={text[:16]!r}", f"0 to {most}")
     return int(text)
 
 
@@ -283,9 +277,9 @@ def _hash(resource: _Element, number: int, size: int) -> bytes:
     try:
         value = bytes.fromhex(text)
     except ValueError as error:
-        raise _FormError(f"Hash{number}={text[:16]!r}", "hex") from error
+        raise FormError(f"Hash{number}={text[:16]!r}", "hex") from error
     if len(value) != size:
-        raise _FormError(f"Hash{number} of {len(value)} bytes", f"{size}, as the attribute size says")
+        raise FormError(f"Hash{number} of {len(value)} bytes", f"{size}, as the attribute size says")
     return value
 
 

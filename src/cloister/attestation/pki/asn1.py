@@ -15,19 +15,19 @@ class _Purposes(core.SequenceOf):  # type: ignore[misc]  # asn1crypto has no typ
     _child_spec = core.ObjectIdentifier
 
 
-class _Pair(core.Sequence):  # type: ignore[misc]
+class _Pair(core.Sequence):  # type: ignore[misc]  # asn1crypto has no types
     _fields = [("type", core.ObjectIdentifier), ("value", core.Any)]  # noqa: RUF012 - asn1crypto's way
 
 
-class _Relative(core.SetOf):  # type: ignore[misc]
+class _Relative(core.SetOf):  # type: ignore[misc]  # asn1crypto has no types
     _child_spec = _Pair
 
 
-class _Name(core.SequenceOf):  # type: ignore[misc]
+class _Name(core.SequenceOf):  # type: ignore[misc]  # asn1crypto has no types
     _child_spec = _Relative
 
 
-class _Anything(core.SequenceOf):  # type: ignore[misc]
+class _Anything(core.SequenceOf):  # type: ignore[misc]  # asn1crypto has no types
     _child_spec = core.Any
 
 

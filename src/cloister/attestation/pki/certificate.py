@@ -7,6 +7,7 @@ bytes as they are; both ways are tested to agree.
 
 from __future__ import annotations
 
+import base64
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def from_der(data: bytes, *, where: str) -> Certificate:
     except Exception as error:  # noqa: BLE001  # the library does not say all that it raises: UnsupportedGeneralNameType is no ValueError
         try:
             return _with_serial_0(data)
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001  # as above: whatever it is, it is no certificate
             raise _malformed(where, str(error)[:200] or "bytes", "one DER certificate") from error
 
 
@@ -85,8 +86,6 @@ def from_pem(data: bytes, *, where: str, most: int = 8) -> tuple[Certificate, ..
     Raises:
         EvidenceError: `evidence-malformed`: none, more than `most`, or one that does not parse.
     """
-    import base64
-
     if len(data) > PEM_LIMIT:
         raise _malformed(where, f"{len(data)} bytes", f"at most {PEM_LIMIT} bytes of PEM")
     bodies = _PEM.findall(data)

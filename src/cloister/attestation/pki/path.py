@@ -97,19 +97,14 @@ def check_path(
         if depth == len(chain) - 1:
             continue
         mine = [each for each in crls if each.issuer_der == certificate.issuer_der]
-        current = False
         for each in mine:
             problem = each.problem(issuer, now)
-            if problem is None:
-                current = True
-            elif revocation:
+            if problem is not None and revocation:
                 refuse("revocation", problem, "a current revocation list", "fetch fresh collateral")
             if problem is None and certificate.serial in each.serials:
                 refuse("revoked", f"{name}: serial {certificate.serial:x} is revoked", "an unrevoked certificate")
         if revocation and not mine:
             refuse("revocation", f"no revocation list of {issuer.subject}", "a current one", "fetch fresh collateral")
-        elif revocation and not current and not reasons:
-            refuse("revocation", f"no current revocation list of {issuer.subject}", "a current one")
     if reasons:
         raise _refused(reasons)
     return min(certificate.not_after for certificate in chain)

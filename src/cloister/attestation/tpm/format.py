@@ -30,6 +30,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from cloister.attestation.form import FormError, Reader
 from cloister.attestation.pki.certificate import PublicKey
 from cloister.errors import EvidenceError, Reason
 
@@ -160,29 +161,10 @@ class Signature:
     value: bytes
 
 
-class _FormError(ValueError):
-    def __init__(self, found: str, wanted: str) -> None:
-        super().__init__(f"{found}, wanted {wanted}")
-        self.found = found
-        self.wanted = wanted
+class _Reader(Reader):
+    """Numbers as the TPM writes them: big-endian (TPM 2.0 Library, part 2, section 4)."""
 
-
-class _Reader:
-    __slots__ = ("_at", "_data")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def rest(self) -> int:
-        return len(self._data) - self._at
-
-    def take(self, size: int, what: str) -> bytes:
-        if size > self.rest:
-            raise _FormError(f"{self.rest} bytes left", f"{size} bytes of {what}")
-        self._at += size
-        return self._data[self._at - size : self._at]
+    __slots__ = ()
 
     def u8(self, what: str) -> int:
         return self.take(1, what)[0]
@@ -198,7 +180,7 @@ class _Reader:
 
     def end(self, what: str) -> None:
         if self.rest:
-            raise _FormError(f"{self.rest} bytes after the end of the {what}", "none")
+            raise FormError(f"{self.rest} bytes after the end of the {what}", "none")
 
 
 def parse_attest(data: bytes, *, where: str) -> Attest:
@@ -213,7 +195,7 @@ def parse_attest(data: bytes, *, where: str) -> Attest:
         signer, extra = reader.sized("qualified signer"), reader.sized("extra data")
         clock, reset, restart, safe, firmware = struct.unpack(">QIIBQ", reader.take(25, "clock and firmware version"))
         if safe > 1:
-            raise _FormError(f"safe {safe}", "0 or 1")
+            raise FormError(f"safe {safe}", "0 or 1")
         selection: tuple[Selection, ...] = ()
         digest, name, offset, contents = b"", b"", 0, b""
         if kind == QUOTE:
@@ -222,9 +204,9 @@ def parse_attest(data: bytes, *, where: str) -> Attest:
         elif kind == NV:
             name, offset, contents = reader.sized("NV name"), reader.u16("NV offset"), reader.sized("NV contents")
         else:
-            raise _FormError(f"attestation type {kind:#06x}", f"{QUOTE:#06x}, a quote, or {NV:#06x}, NV")
+            raise FormError(f"attestation type {kind:#06x}", f"{QUOTE:#06x}, a quote, or {NV:#06x}, NV")
         reader.end("TPMS_ATTEST")
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error) from error
     return Attest(
         data, magic, kind, signer, extra, clock, reset, restart, bool(safe), firmware, selection, digest, name, offset, contents
@@ -241,7 +223,7 @@ def parse_selection(data: bytes, *, where: str) -> tuple[Selection, ...]:
         reader = _reader(data, "TPML_PCR_SELECTION")
         found = _selection(reader)
         reader.end("TPML_PCR_SELECTION")
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error) from error
     return found
 
@@ -269,7 +251,7 @@ def parse_public(data: bytes, *, where: str) -> Public:
     """
     try:
         return _public(bytes(data))
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error) from error
 
 
@@ -287,14 +269,14 @@ def parse_signature(data: bytes, *, where: str, bare: bool = False) -> Signature
         reader = _reader(data, "TPMT_SIGNATURE")
         scheme, number = reader.u16("scheme"), reader.u16("hash")
         if scheme not in SCHEMES:
-            raise _FormError(f"signature scheme {scheme:#06x}", "RSASSA, RSAPSS or ECDSA")
+            raise FormError(f"signature scheme {scheme:#06x}", "RSASSA, RSAPSS or ECDSA")
         hash_ = _hash(number)
         if scheme == ECDSA:
             value = _der_signature(reader.sized("r"), reader.sized("s"))
         else:
             value = reader.sized("RSA signature")
         reader.end("TPMT_SIGNATURE")
-    except _FormError as error:
+    except FormError as error:
         raise _malformed(where, error) from error
     return Signature(SCHEMES[scheme], hash_, value)
 
@@ -343,9 +325,9 @@ def _public(data: bytes) -> Public:
     name_algorithm = _hash(name_number)
     policy = reader.sized("policy")
     if len(policy) not in (0, HASH_SIZES[name_algorithm]):
-        raise _FormError(f"a policy of {len(policy)} bytes", f"none or {HASH_SIZES[name_algorithm]}")
+        raise FormError(f"a policy of {len(policy)} bytes", f"none or {HASH_SIZES[name_algorithm]}")
     if kind not in (RSA, ECC):
-        raise _FormError(f"a key of type {kind:#06x}", "RSA or ECC")
+        raise FormError(f"a key of type {kind:#06x}", "RSA or ECC")
     symmetric = None
     algorithm = reader.u16("symmetric algorithm")
     if algorithm != NULL:
@@ -354,15 +336,15 @@ def _public(data: bytes) -> Public:
     if scheme in _WITH_HASH:
         scheme_hash = _hash(reader.u16("hash of the scheme"))
     elif scheme not in (NULL, 0x15):  # RSAES has no hash; ECDAA needs more than a signature of one key
-        raise _FormError(f"scheme {scheme:#06x}", "RSASSA, RSAPSS, ECDSA or none")
+        raise FormError(f"scheme {scheme:#06x}", "RSASSA, RSAPSS, ECDSA or none")
     try:
         key = _rsa(reader) if kind == RSA else _ecc(reader)
         reader.end("TPMT_PUBLIC")
         spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except _FormError:
+    except FormError:
         raise
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _FormError(f"a public key that is none: {str(error)[:100]}", "a key") from error
+        raise FormError(f"a public key that is none: {str(error)[:100]}", "a key") from error
     name = struct.pack(">H", name_number) + hashlib.new(name_algorithm, data).digest()
     return Public(
         data, key, spki, name_algorithm, name, attributes, policy, SCHEMES.get(scheme, ""), scheme_hash, symmetric
@@ -373,10 +355,10 @@ def _rsa(reader: _Reader) -> PublicKey:
     bits, exponent = reader.u16("key bits"), reader.u32("exponent") or 65537
     modulus = reader.sized("modulus")
     if bits not in (1024, 2048, 3072, 4096) or len(modulus) * 8 != bits:
-        raise _FormError(f"a modulus of {len(modulus)} bytes for {bits} bits", "2,048, 3,072 or 4,096 bits")
+        raise FormError(f"a modulus of {len(modulus)} bytes for {bits} bits", "2,048, 3,072 or 4,096 bits")
     number = int.from_bytes(modulus, "big")
     if number.bit_length() != bits or exponent != 65537:
-        raise _FormError(f"{number.bit_length()} bits, exponent {exponent}", f"{bits} bits, exponent 65537")
+        raise FormError(f"{number.bit_length()} bits, exponent {exponent}", f"{bits} bits, exponent 65537")
     return rsa.RSAPublicNumbers(exponent, number).public_key()
 
 
@@ -386,10 +368,10 @@ def _ecc(reader: _Reader) -> PublicKey:
         reader.u16("hash of the KDF")
     x, y = reader.sized("x"), reader.sized("y")
     if curve not in _CURVES:
-        raise _FormError(f"curve {curve:#06x}", "P-256, P-384 or P-521")
+        raise FormError(f"curve {curve:#06x}", "P-256, P-384 or P-521")
     size = (_CURVES[curve].key_size + 7) // 8
     if len(x) > size or len(y) > size:
-        raise _FormError(f"coordinates of {len(x)} and {len(y)} bytes", f"at most {size}")
+        raise FormError(f"coordinates of {len(x)} and {len(y)} bytes", f"at most {size}")
     return ec.EllipticCurvePublicNumbers(
         int.from_bytes(x, "big"), int.from_bytes(y, "big"), _CURVES[curve]()
     ).public_key()
@@ -398,14 +380,14 @@ def _ecc(reader: _Reader) -> PublicKey:
 def _selection(reader: _Reader) -> tuple[Selection, ...]:
     count = reader.u32("number of banks")
     if count > BANKS:
-        raise _FormError(f"{count} banks", f"at most {BANKS}")
+        raise FormError(f"{count} banks", f"at most {BANKS}")
     found: list[Selection] = []
     for _ in range(count):
         number = reader.u16("hash of a bank")
         bitmap = reader.take(reader.u8("size of a selection"), "selected PCRs")
         bits = int.from_bytes(bitmap, "little")
         if bits >> PCRS:
-            raise _FormError("a PCR above 23", "0 to 23")
+            raise FormError("a PCR above 23", "0 to 23")
         indices = tuple(index for index in range(PCRS) if bits >> index & 1)
         found.append(Selection(HASHES.get(number, f"{number:#06x}"), indices))
     return tuple(found)
@@ -413,13 +395,13 @@ def _selection(reader: _Reader) -> tuple[Selection, ...]:
 
 def _hash(number: int) -> str:
     if number not in HASHES:
-        raise _FormError(f"hash {number:#06x}", "SHA-1, SHA-256, SHA-384 or SHA-512")
+        raise FormError(f"hash {number:#06x}", "SHA-1, SHA-256, SHA-384 or SHA-512")
     return HASHES[number]
 
 
 def _der_signature(r: bytes, s: bytes) -> bytes:
     if not 0 < len(r) <= 66 or not 0 < len(s) <= 66:
-        raise _FormError(f"r and s of {len(r)} and {len(s)} bytes", "1 to 66 bytes")
+        raise FormError(f"r and s of {len(r)} and {len(s)} bytes", "1 to 66 bytes")
     body = b""
     for each in (r, s):
         value = int.from_bytes(each, "big")
@@ -430,11 +412,11 @@ def _der_signature(r: bytes, s: bytes) -> bytes:
 
 def _reader(data: bytes, what: str) -> _Reader:
     if not 0 < len(data) <= LIMIT:
-        raise _FormError(f"a {what} of {len(data)} bytes", f"1 to {LIMIT}")
+        raise FormError(f"a {what} of {len(data)} bytes", f"1 to {LIMIT}")
     return _Reader(data)
 
 
-def _malformed(where: str, error: _FormError) -> EvidenceError:
+def _malformed(where: str, error: FormError) -> EvidenceError:
     return EvidenceError(
         "a TPM structure does not parse", code="evidence-malformed", reasons=[Reason(where, error.found, error.wanted)]
     )
