@@ -35,8 +35,8 @@ from cloister.testkit.broker import RunningBroker, running_broker
 DATA, CODE = digest(b"data"), digest(b"code")
 
 
-def contract(owner: Signer) -> bytes:
-    return f"""contract = "bench"
+def contract(owner: Signer, place: str, name: str) -> bytes:
+    return f"""contract = "{name}"
 version = 1
 expires = 2099-01-01
 [party]
@@ -46,7 +46,7 @@ trainer = {{ owner = "acme", digest = "{CODE}" }}
 [data]
 data = {{ owner = "acme", digest = "{DATA}" }}
 [place]
-enclave = {{ kind = "tee", accept = ["simulated"] }}
+enclave = {{ {place} }}
 [phase.train]
 run = "trainer"
 at = "enclave"
@@ -66,16 +66,20 @@ def times_ms(count: int, act: Callable[[], object]) -> list[float]:
     return sorted(found)
 
 
-def prepare(broker: RunningBroker) -> str:
+SOFT_TEE = 'kind = "tee", accept = ["simulated"]'
+
+
+def prepare(broker: RunningBroker, place: str = SOFT_TEE, name: str = "bench") -> str:
+    """Return the id of a signed contract called `name`, with `place` as its only one."""
     owner = Signer(Ed25519PrivateKey.generate())
     client = broker.client()
-    data = contract(owner)
-    name = client.submit_contract(data, name="bench.toml").contract
-    status = client.add_signature(name, owner.sign(data, namespace="contract@cloister"))
+    data = contract(owner, place, name)
+    found = client.submit_contract(data, name="bench.toml").contract
+    status = client.add_signature(found, owner.sign(data, namespace="contract@cloister"))
     if status.state != "active":
         raise RuntimeError(f"the contract is {status.state}")
     client.deposit_key(DATA, volume_id=bytes(16), key=Secret.random(), sign=owner.sign)
-    return name
+    return found
 
 
 def node() -> SoftTdxAttester:

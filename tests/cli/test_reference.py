@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,3 +172,20 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     assert pipe.is_fifo()
     with pytest.raises(InputError):
         write_file(tmp_path, b"a folder")
+
+
+def test_two_writers_forget_nobody_s_serial(run: Run, tmp_path: Path) -> None:
+    """Each command reads the memory, adds its serial and writes it back: without a lock one would lose the other's."""
+    words = [sys.executable, "-m", "cloister", "reference", "make", "--software", "--home", str(tmp_path / "vendor")]
+    names = [f"build-{number}" for number in range(6)]
+    started = [
+        subprocess.Popen(
+            [*words, "--name", name, "--to", str(tmp_path / f"{name}.json")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for name in names
+    ]
+    assert [process.wait(60) for process in started] == [0] * len(names)
+    seen = json.loads((tmp_path / "vendor" / "references.json").read_text())
+    assert sorted(key.split()[1] for key in seen) == names

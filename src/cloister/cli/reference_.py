@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from cloister.cli.common import You, now, options, read_file, read_workload, write_file
+from cloister.cli.common import You, now, options, read_file, read_workload, system_error, write_file
 from cloister.errors import EvidenceError, InputError, Reason
 
 if TYPE_CHECKING:
@@ -144,6 +147,19 @@ def write(
     Raises:
         InputError: values that no document may have, or no key to sign with.
     """
+    with _alone(you):
+        return _write(you, target, name, serial, days, software, workloads)
+
+
+def _write(
+    you: You,
+    target: Path,
+    name: str,
+    serial: int | None,
+    days: int,
+    software: tuple[Software, ...],
+    workloads: tuple[Workload, ...],
+) -> tuple[Document, str]:
     from cloister.attestation import reference
 
     signer = you.fingerprint()
@@ -213,12 +229,13 @@ def import_(you: You, file: Path, signer: str) -> None:
             reasons=[Reason("reference.signer", found, signer, "do not use these values")],
         )
     document = _decode(file, data)
-    problem = document.problem(now=now(), least=_seen(you).get(f"{signer} {document.name}", 0))
-    if problem is not None:
-        raise EvidenceError("these reference values do not count", code="evidence-unacceptable", reasons=[problem])
     digest = reference.digest(data)
-    write_file(you.home / "references" / f"{digest.removeprefix('sha256:')}.json", data)
-    _remember(you, signer, document)
+    with _alone(you):
+        problem = document.problem(now=now(), least=_seen(you).get(f"{signer} {document.name}", 0))
+        if problem is not None:
+            raise EvidenceError("these reference values do not count", code="evidence-unacceptable", reasons=[problem])
+        write_file(you.home / "references" / f"{digest.removeprefix('sha256:')}.json", data)
+        _remember(you, signer, document)
     _tell(you, document, digest, signer, imported=True)
 
 
@@ -279,6 +296,19 @@ def _signer(file: Path, data: bytes) -> str:
 
     signature = read_file(file.with_name(f"{file.name}.sig"), "the signature of the reference values")
     return sshsig.verify(signature, data, namespace=NAMESPACE).fingerprint
+
+
+@contextmanager
+def _alone(you: You) -> Iterator[None]:
+    """Hold the memory of serials from the look at it to the change: two commands at once must not forget each other's."""
+    try:
+        you.home.mkdir(parents=True, exist_ok=True)
+        lock = (you.home / f"{SEEN}.lock").open("a")
+    except OSError as error:
+        raise system_error(error, f"cannot use {you.home}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _seen(you: You) -> dict[str, int]:
